@@ -43,15 +43,12 @@ from restitch.tasks.inputs.checkpoints import (
     open_specialist,
 )
 from restitch.tasks.inputs.heads import head_file
-from restitch.tasks.report.card import model_card, specialist_card, without_local_paths
+from restitch.tasks.report.card import model_card, public, specialist_card
 from restitch.tasks.report.provenance import provenance
 from restitch.tasks.report.usage import usage
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, workspace
-
-# Keys of a record with the user, the host and the process that made something.
-_PROCESSES = ("made_by", "localized_by")
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,9 @@ def push_version(
     if out is not None:
         out = out.expanduser().absolute()
         check_free(out, overwrite)
-    check_repository(repository, line, private=private, overwrite=overwrite)
+    _, line_state, _ = open_version(line, version)
+    adapter = line_state.spec.space is not None
+    check_repository(repository, line, private=private, overwrite=overwrite, adapter=adapter)
     model = open_export(line, version, task=task, specialist=specialist)
     _check_shards(model, limit)
     with model.space.scratch() as scratch:
@@ -322,15 +321,6 @@ class ExportedModel:
             specialists = self.content.description["specialists"]
             return specialist_card(line_state, record, self.task, specialists, origin, use)
         return model_card(line_state, record, origin, self.task, use)
-
-
-def public(value: Any) -> Any:
-    """A description without the places and processes of this machine."""
-    if isinstance(value, dict):
-        return {key: public(inner) for key, inner in value.items() if key not in _PROCESSES}
-    if isinstance(value, list | tuple):
-        return [public(inner) for inner in value]
-    return without_local_paths(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ of a linear layer, such as biases and norms.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ from restitch.merging.ranking.allotment import ranks_by_budget, ranks_by_share
 from restitch.modeling.weights import WeightLayer, weight_layers
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
+from restitch.registry.sources.hub_upload import check_repository, upload
 from restitch.registry.specs.task import is_hub_id, split_pin
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs.checkpoints import LiveBase, device, live_base, open_base, open_sparse
 from restitch.tasks.inputs.task_data import evaluation_split
-from restitch.tasks.report.card import adapter_card
+from restitch.tasks.report.card import adapter_card, public
+from restitch.tasks.report.card_fields import hub_models
 from restitch.tasks.report.provenance import provenance
+from restitch.tasks.report.usage import adapter_usage
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, workspace
@@ -61,13 +64,15 @@ class AdapterOutcome(Outcome):
         ranks: by module.
         kept: the share of the squared norm of the version's whole change that the adapter holds.
         left_out: the tensors that it cannot hold, with their shares of the squared norm.
+        out: the folder; None if the adapter is only on the hub.
+        repository: where it is on the hub; `commit` is the address of the commit.
         results: by task.
         retention: on the general benchmark, if the line has one.
     """
 
     line: str
     version: int
-    out: str
+    out: str | None
     files: tuple[str, ...]
     bytes: int
     parameters: int
@@ -76,6 +81,8 @@ class AdapterOutcome(Outcome):
     left_out: dict[str, float] = field(default_factory=dict)
     results: dict[str, AdapterResult] = field(default_factory=dict)
     retention: AdapterResult | None = None
+    repository: str | None = None
+    commit: str | None = None
 
 
 def export_adapter(
@@ -101,10 +108,64 @@ def export_adapter(
         BadInput: there is no such version, `out` is not free, or the version changes no linear
             layer.
     """
-    space = workspace()
-    ledger, line_state, record = open_version(line, version)
     out = out.expanduser().absolute()
     check_free(out, overwrite)
+    return _write_adapter(line, version, out, rank, keep)
+
+
+def push_adapter(
+    line: str,
+    version: str,
+    repository: str,
+    out: Path | None = None,
+    *,
+    rank: int | None = None,
+    keep: float | None = None,
+    private: bool = False,
+    overwrite: bool = False,
+) -> AdapterOutcome:
+    """Write a merged version as a LoRA adapter, and put it on the hub in one commit.
+
+    Args:
+        line: the line's name.
+        version: a number, `champion` or `candidate`.
+        repository: `OWNER/NAME`; it is created if it does not exist.
+        out: a folder that also gets the adapter; absent or empty.
+        rank: as for `export_adapter`.
+        keep: as for `export_adapter`.
+        private: the repository must be private.
+        overwrite: replace another model in the repository, and a model in `out`.
+
+    Raises:
+        BadInput: as for `export_adapter`; the hub refuses the name, or it holds another model.
+        Unavailable: the hub cannot be reached, or needs a token.
+    """
+    if out is not None:
+        out = out.expanduser().absolute()
+        check_free(out, overwrite)
+    check_repository(repository, line, private=private, overwrite=overwrite, adapter=True)
+    with workspace().scratch() as scratch:
+        folder = scratch / "adapter" if out is None else out
+        made = _write_adapter(line, version, folder, rank, keep, repository)
+        message = f"Version {made.version} of line {line} as an adapter"
+        with working(f"uploading to {repository}"):
+            commit = upload(folder, repository, message, private=private)
+    return replace(
+        made, out=None if out is None else str(out), repository=repository, commit=commit
+    )
+
+
+def _write_adapter(
+    line: str,
+    version: str,
+    out: Path,
+    rank: int | None,
+    keep: float | None,
+    repository: str | None = None,
+) -> AdapterOutcome:
+    """Write the adapter of a version; one for the hub names no place of this machine."""
+    space = workspace()
+    ledger, line_state, record = open_version(line, version)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
     if base.space is not None:
         raise BadInput(
@@ -162,18 +223,21 @@ def export_adapter(
             results,
             retention,
         )
-        text = json.dumps(record.to_json(), indent=2, ensure_ascii=False)
+        description = record.to_json() if repository is None else public(record.to_json())
+        text = json.dumps(description, indent=2, ensure_ascii=False)
         (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
         origin = provenance(line_state.base.uri, record, ledger.entries(), space.objects, "")
-        card = adapter_card(line_state, record, outcome.as_dict(), origin)
+        source = hub_models([line_state.base.uri])
+        use = adapter_usage(
+            base.family.name, base.folder, source[0] if source else "BASE", repository or "."
+        )
+        card = adapter_card(line_state, record, outcome.as_dict(), origin, use)
         (folder / "README.md").write_text(card, encoding="utf-8")
     files = sorted(path for path in out.rglob("*") if path.is_file())
-    return AdapterOutcome(
-        **{
-            **outcome.__dict__,
-            "files": tuple(str(path.relative_to(out)) for path in files),
-            "bytes": sum(path.stat().st_size for path in files),
-        }
+    return replace(
+        outcome,
+        files=tuple(str(path.relative_to(out)) for path in files),
+        bytes=sum(path.stat().st_size for path in files),
     )
 
 

@@ -18,14 +18,24 @@ from restitch.registry.redaction import first_line
 
 # The file of an export that names its line.
 DESCRIPTION = "restitch.json"
+# The file of an adapter, by which libraries tell it from a whole model.
+ADAPTER = "adapter_config.json"
 # What an earlier export may have left that a new one does not write.
-_REPLACED = ("*.safetensors", "*.safetensors.index.json", "heads/*")
+_REPLACED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "heads/*",
+    "config.json",
+    ADAPTER,
+)
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".h5")
 # The hub's answers to a name that it does not take.
 _REFUSED = (400, 403, 404, 409, 422)
 
 
-def check_repository(name: str, line: str, *, private: bool, overwrite: bool) -> None:
+def check_repository(
+    name: str, line: str, *, private: bool, overwrite: bool, adapter: bool = False
+) -> None:
     """Refuse a repository that a model of a line cannot or should not be put into.
 
     Args:
@@ -33,6 +43,7 @@ def check_repository(name: str, line: str, *, private: bool, overwrite: bool) ->
         line: the name of the line.
         private: the repository must be private.
         overwrite: it may hold another model.
+        adapter: the model is an adapter.
 
     Raises:
         BadInput: the name is not valid, or the repository is public or holds another model.
@@ -71,6 +82,13 @@ def check_repository(name: str, line: str, *, private: bool, overwrite: bool) ->
             f"{name} on the hub holds another model",
             expected=f"a name that is free, or a model of line {line}",
             found=f"{len(files)} files, of which none says that it is one",
+            hint="choose another name, or replace the model in it with --overwrite",
+        )
+    if adapter != (ADAPTER in files):
+        kinds = ("whole models", "adapters")
+        raise BadInput(
+            f"{name} on the hub holds {kinds[not adapter]} of line {line}",
+            expected=f"a name that is free, or {kinds[adapter]} of the line",
             hint="choose another name, or replace the model in it with --overwrite",
         )
 

@@ -23,6 +23,9 @@ _LOCAL_PATH = re.compile(r"(?<![\w:/.~-])/(?:[^\s/`'\",;()|<>]+/)+([^\s/`'\",;()
 # The states of models that might have been merged.
 _LEFT_OUT: tuple[State, ...] = ("registered", "waiting", "quarantined", "held", "retired", "ready")
 
+# Keys of a record with the user, the host and the process that made something.
+_PROCESSES = ("made_by", "localized_by")
+
 Rows = Sequence[tuple[str, ...]]
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
@@ -112,12 +115,25 @@ def specialist_card(
 
 
 def adapter_card(
-    line_state: LineState, record: MergedRecord, made: Mapping[str, Any], origin: Provenance
+    line_state: LineState,
+    record: MergedRecord,
+    made: Mapping[str, Any],
+    origin: Provenance,
+    use: str | None = None,
 ) -> str:
     """The README.md of a merged version as a LoRA adapter.
 
-    `made` is the outcome of the export: the share of the change that it holds, and its results.
+    Args:
+        line_state: the line.
+        record: the version.
+        made: the outcome of the export: the share of the change that it holds, and its results.
+        origin: its provenance.
+        use: lines of Python that load the adapter.
     """
+    own: dict[str, Any] = {"library_name": "peft", "tags": [*TAGS, "lora"], "model-index": None}
+    own |= {"base_model": None, "base_model_relation": None}
+    if base := hub_models([line_state.base.uri]):
+        own |= {"base_model": base[0], "base_model_relation": "adapter"}
     results = [
         (task, each["metric"], *map(_number, (each["merged"], each["adapter"])), str(each["count"]))
         for task, each in (
@@ -127,12 +143,13 @@ def adapter_card(
     ]
     left_out = sum(made["left_out"].values())
     parts = [
-        card_fields(line_state, record, origin, more={"library_name": "peft", "model-index": None}),
+        card_fields(line_state, record, origin, more=own),
         f"# {record.line}, version {record.version}, as an adapter",
         f"A LoRA adapter for {_source(line_state.base.uri)} with {made['parameters']:,} "
         f"parameters. It holds {made['kept']:.2%} of the squared norm of the version's change, "
         f"which merges {len(record.members)} finetuned models."
         + (f" It cannot hold {left_out:.2%}: biases, norms and the like." if left_out else ""),
+        *_usage(use),
         "## Results",
         _table(("task", "metric", "merged version", "adapter", "rows"), results),
         "## Members",
@@ -400,6 +417,15 @@ def _source(uri: str) -> str:
     # In inline code only backticks are markup, and in a table the pipe.
     text = " ".join(without_credentials(uri).split())
     return f"`{text.replace('`', '').replace('|', chr(92) + '|')}`"
+
+
+def public(value: Any) -> Any:
+    """A description without the places and processes of this machine."""
+    if isinstance(value, dict):
+        return {key: public(inner) for key, inner in value.items() if key not in _PROCESSES}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    return without_local_paths(value) if isinstance(value, str) else value
 
 
 def without_local_paths(text: str) -> str:

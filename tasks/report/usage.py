@@ -49,6 +49,13 @@ inputs = processor(
 print(model(**inputs).logits_per_image.softmax(-1))
 """
 
+_ADAPTER = """\
+from peft import PeftModel
+from transformers import {auto}
+
+model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), {name!r})
+"""
+
 _LANGUAGE_MODELS = {
     "causal-lm": ("AutoModelForCausalLM", _GENERATE),
     "masked-lm": ("AutoModelForMaskedLM", _FILL),
@@ -65,20 +72,45 @@ def usage(family: str, folder: Path, name: str, *, classifier: bool) -> str | No
         name: what `from_pretrained` takes.
         classifier: whether the model has the head of a task.
     """
+    auto = _auto_class(family, folder, classifier=classifier)
     if family == "clip":
         return _CLIP.format(name=name)
     if family == "image-classifier":
-        auto = "AutoModelForImageClassification" if classifier else "AutoModel"
         asks = _LABEL if classifier else "print(model(**inputs).last_hidden_state.shape)\n"
         return _IMAGE.format(auto=auto, name=name) + asks
     if family == "text-classifier" and classifier:
-        auto, asks = "AutoModelForSequenceClassification", _HIDDEN.splitlines(keepends=True)[0]
-        asks += _LABEL
+        asks = _HIDDEN.splitlines(keepends=True)[0] + _LABEL
     elif family in ("text-classifier", "text-encoder"):
-        half = model_kind(folder).encoder_half
-        auto, asks = "AutoModelForTextEncoding" if half else "AutoModel", _HIDDEN
+        asks = _HIDDEN
     elif family in _LANGUAGE_MODELS:
-        auto, asks = _LANGUAGE_MODELS[family]
+        asks = _LANGUAGE_MODELS[family][1]
     else:
         return None
     return _TEXT.format(auto=auto, name=name) + asks
+
+
+def adapter_usage(family: str, folder: Path, base: str, name: str) -> str | None:
+    """The lines that load an adapter of a base; None for a family of another package.
+
+    Args:
+        family: the name of the family.
+        folder: holds the base's configuration.
+        base: what `from_pretrained` takes for the base.
+        name: the same for the adapter.
+    """
+    auto = _auto_class(family, folder, classifier=False)
+    return None if auto is None else _ADAPTER.format(auto=auto, base=base, name=name)
+
+
+def _auto_class(family: str, folder: Path, *, classifier: bool) -> str | None:
+    """The class of transformers that loads a model of a family."""
+    if family in _LANGUAGE_MODELS:
+        return _LANGUAGE_MODELS[family][0]
+    if family == "image-classifier":
+        return "AutoModelForImageClassification" if classifier else "AutoModel"
+    if family == "text-classifier" and classifier:
+        return "AutoModelForSequenceClassification"
+    if family in ("text-classifier", "text-encoder"):
+        half = model_kind(folder).encoder_half
+        return "AutoModelForTextEncoding" if half else "AutoModel"
+    return "AutoModel" if family == "clip" else None

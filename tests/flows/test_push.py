@@ -149,7 +149,51 @@ def test_a_hub_that_is_away_is_named(hub: FakeHub, three: Three, tmp_path: Path)
 def test_options_that_do_not_fit_are_refused(three: Three) -> None:
     three.shell("export", "demo", "1", code=2)
     three.shell("export", "demo", "1", "out", "--private", code=2)
-    three.shell("export", "demo", "1", "--push", REPOSITORY, "--as", "lora", code=2)
+    three.shell("export", "demo", "1", "--as", "lora", code=2)
+    three.shell("export", "demo", "1", "--push", REPOSITORY, "--rank", "2", code=2)
+
+
+def test_an_adapter_is_pushed_in_one_commit_with_its_card(
+    hub: FakeHub, three: Three, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    as_lora = ("--as", "lora", "--rank", "2")
+    (code, printed, error), whole, elsewhere, replaced = run(
+        hub,
+        three,
+        tmp_path,
+        ("export", "demo", "champion", str(out), "--push", REPOSITORY, *as_lora, "--json"),
+        push(),
+        push(*as_lora, "--json", to="team/adapter"),
+        push("--overwrite"),
+    )
+    assert code == 0, error
+    found = json.loads(printed)
+    assert found["commit"].startswith(f"{hub.url}/{REPOSITORY}/commit/")
+    assert found["out"] == str(out)
+    assert json.loads(elsewhere[1])["out"] is None
+    pushed = files(hub, "team/adapter")
+    assert {name for name in pushed if name != ".gitattributes"} == set(found["files"])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert pushed[name] == (out / name).read_bytes()
+    for name in ("README.md", "restitch.json", "adapter_config.json"):
+        assert "/tmp" not in pushed[name].decode()
+        assert str(three.shell.home.parent) not in pushed[name].decode()
+    card = pushed["README.md"].decode()
+    data: Any = ModelCard(card).data
+    assert (data.library_name, data.base_model) == ("peft", None)
+    assert "'team/adapter')" in card
+    # Libraries tell adapters from whole models by their files, so a repository holds one kind.
+    assert whole[0] == 3
+    assert f"{REPOSITORY} on the hub holds adapters of line demo" in whole[2]
+    assert replaced[0] == 0, replaced[2]
+    there = files(hub)
+    assert "config.json" in there
+    assert not [name for name in there if name.startswith("adapter_")]
+    assert commits(hub) == 3
+    ((code, _, error),) = run(hub, three, tmp_path, push(*as_lora))
+    assert code == 3
+    assert "holds whole models of line demo" in error
 
 
 def test_the_front_matter_is_what_the_hub_reads(three: Three, tmp_path: Path) -> None:
