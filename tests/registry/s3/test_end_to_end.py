@@ -1,9 +1,12 @@
 """A whole line whose store is a bucket: the same bytes, and workers that share only it."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from restitch.modeling.families.family import get_family
 from restitch.registry.home import Home
@@ -12,13 +15,15 @@ from restitch.registry.s3.store import S3Store
 from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
+from restitch.serving.follower import Follower
 from restitch.tasks.inputs.checkpoints import describe_model
 from restitch.tasks.runtime.workspace import workspace
 from tests.conftest import NewHome, Three
 from tests.faulty_proxy import Faults, faulty_proxy
 from tests.flows.storage.test_store_copy import contents
+from tests.registry.sources.test_bucket import WEIGHTS, counting, upload
 from tests.shell import Shell
-from tests.worlds import SKILLS, World, copied
+from tests.worlds import SKILLS, World, copied, write_yaml
 
 HEAD = "lines/demo/head.json"
 pytestmark = pytest.mark.usefixtures("s3_account", "without_mlflow")
@@ -74,6 +79,45 @@ def test_a_line_in_a_bucket_has_the_same_bytes_wherever_it_is_merged(
     for name in SKILLS:
         uri = second.state().tasks[name].versions[1].model.uri
         assert files(resolve_source(uri, home).local) == files(world.model(name))
+
+
+def test_a_champion_in_a_bucket_is_followed_and_only_its_patch_is_fetched(
+    in_bucket, world: World, s3_client: Any, s3_bucket: str, tmp_path: Path
+) -> None:
+    base = upload(s3_client, s3_bucket, world.base, f"{tmp_path.name}-base")
+    team, server = in_bucket("team"), in_bucket("server")
+    team("init", world.line(tmp_path / "line.yaml", base=base, retention=None))
+    for name in SKILLS[:2]:
+        file = write_yaml(tmp_path / f"{name}.yaml", {"task": name})
+        team("register", "demo", "--task", file, "--model", world.model(name))
+    folder = tmp_path / "followed"
+
+    def look(version: int) -> tuple[dict[str, Any], Counter[str]]:
+        if team.state().champion != version:
+            team("rollback", "demo", version, "--reason", "a test")
+        with counting() as fetched:
+            found = server.json("follow", "demo", folder, "--once")
+        team("export", "demo", version, tmp_path / "out", "--overwrite")
+        expected = (tmp_path / "out" / WEIGHTS).read_bytes()
+        assert (folder / "current" / WEIGHTS).read_bytes() == expected
+        return found, fetched
+
+    assert look(2)[0]["action"] == "exported"
+    found, fetched = look(1)
+    patch = team.ledger().merged(1).patch
+    assert (found["action"], fetched[patch]) == ("updated", found["patch_bytes"])
+    assert fetched[WEIGHTS] == 0, "the weights of the base are here already"
+    with server.inside():
+        follower = Follower("demo")
+        team("rollback", "demo", 2, "--reason", "a test")
+        with counting() as fetched:
+            refreshed = follower.refresh()
+        assert (refreshed.previous, refreshed.version) == (1, 2)
+        assert fetched[WEIGHTS] == 0
+        with follower.model() as one, Follower("demo").model() as other:
+            theirs = dict(other.named_parameters())
+            for name, value in one.named_parameters():
+                assert torch.equal(value.view(torch.int32), theirs[name].view(torch.int32))
 
 
 @pytest.mark.slow
