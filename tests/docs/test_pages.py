@@ -1,5 +1,6 @@
 """The pages: links lead somewhere, and the code on the guides runs. `make site` builds them."""
 
+import json
 import os
 import re
 import subprocess
@@ -18,12 +19,16 @@ from tests.shell import ROOT, Shell
 from tests.worlds import World
 
 TOP = {path.name for path in ROOT.iterdir() if path.is_dir()}
-PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "deployments" / "kubernetes.md"])
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
+PAGES = sorted(
+    [*DOCS.rglob("*.md"), *NOTEBOOKS, *ROOT.glob("*.md"), ROOT / "deployments" / "kubernetes.md"]
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     generated = {DOCS / path for path in generator().PAGES}
+    generated |= {path.with_suffix(".md") for path in NOTEBOOKS}
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             path = Path(os.path.normpath(page.parent / target))
@@ -34,7 +39,8 @@ def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"([\w/.-]+\.md)$", text.partition("\nnav:")[2], re.MULTILINE))
     written = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
-    assert listed == written | set(generator().PAGES)
+    run = {str(page.relative_to(DOCS).with_suffix(".md")) for page in NOTEBOOKS}
+    assert listed == written | run | set(generator().PAGES)
 
 
 def test_a_page_that_loads_a_script_from_elsewhere_fails_the_build() -> None:
@@ -44,6 +50,14 @@ def test_a_page_that_loads_a_script_from_elsewhere_fails_the_build() -> None:
     assert check(own, page, None) == own
     with pytest.raises(PluginError, match=r"index\.md loads https://cdn\.example\.com/x\.js"):
         check(own + '<script src="https://cdn.example.com/x.js"></script>', page, None)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_has_no_outputs(notebook: Path) -> None:
+    """`make site` runs it, and shows it with the outputs of that run."""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
 def test_the_guide_to_methods_works(tmp_path: Path) -> None:
