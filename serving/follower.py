@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.coordinate_codec import differing_positions
 from restitch.merging.files.edits import Edits, edited
 from restitch.merging.files.sparse import SparseFile
-from restitch.merging.numerics.bitwise import scatter
+from restitch.merging.numerics.bitwise import as_integers, scatter
 from restitch.modeling.families.family import Family, loads_in_any_type
 from restitch.modeling.pretrained import NamedModel
 from restitch.modeling.weights import apply_edits
@@ -37,6 +38,7 @@ from restitch.serving.version_folder import open_served_base
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_INT32 = 2**31 - 1
+_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,7 @@ class Follower:
             for name in self._edits.keys() | after.keys()
             if self._edits.get(name) != after.get(name)
         )
-        changes = [
-            change
-            for name in changed
-            if (change := _change(self._parameters[name], self._base, patch, name)) is not None
-        ]
+        changes = self._changes(patch, changed)
         with self._lock.writing():
             stopped = time.monotonic()
             try:
@@ -181,6 +179,15 @@ class Follower:
             ended - stopped,
         )
 
+    def _changes(self, patch: SparseFile, names: list[str]) -> list["_Change"]:
+        """What a patch changes in the live tensors of some names."""
+
+        def change(name: str) -> _Change | None:
+            return _change(self._parameters[name], self._base, patch, name)
+
+        with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+            return [found for found in pool.map(change, names) if found is not None]
+
 
 @dataclass(frozen=True)
 class _Change:
@@ -196,9 +203,7 @@ def _change(live: Tensor, base: Checkpoint, edits: Edits, name: str) -> _Change 
     after = edited(base, edits, name).to(live.dtype).to(live.device)
     if not live.is_contiguous():
         return _Change(live, None, after)
-    bits = _INTEGERS[live.dtype.itemsize]
-    differs = after.view(-1).view(bits) != live.detach().view(-1).view(bits)
-    places = differs.nonzero().view(-1)
+    places = _differing(live.detach().view(-1), after.view(-1))
     if not places.numel():
         return None
     if live.numel() <= _MOST_INT32:
@@ -209,8 +214,16 @@ def _change(live: Tensor, base: Checkpoint, edits: Edits, name: str) -> _Change 
     return _Change(live, places, after.view(-1)[places])
 
 
+def _differing(live: Tensor, after: Tensor) -> Tensor:
+    """The places at which the bits of two flat tensors differ."""
+    if live.device.type == "cpu":
+        return torch.from_numpy(differing_positions(as_integers(live), as_integers(after)))
+    bits = _INTEGERS[live.dtype.itemsize]
+    return (after.view(bits) != live.view(bits)).nonzero().view(-1)
+
+
 def _set(changes: list[_Change]) -> None:
-    with torch.no_grad(), ThreadPoolExecutor(max_workers=2) as pool:
+    with torch.no_grad(), ThreadPoolExecutor(max_workers=_THREADS) as pool:
         for _ in pool.map(_set_one, changes):
             pass
 

@@ -83,7 +83,7 @@ def merged_once(result: Values, out: Console) -> None:
     kept = ", ".join(f"{key} {value}" for key, value in result["localize"].items())
     write(out, f"  {result['family']}, {result['tensors']} tensors; {settings}; kept: {kept}")
     read, written = size(result["read"]), size(result["written"])
-    write(out, f"  reads {read} and writes {written}, {_written_type(result)}")
+    write(out, f"  reads {read} and writes {written} in {_written_type(result)}")
     rows = [
         (task, each["source"], each["weights"][:12], percent(each["outside_share"]))
         for task, each in models.items()

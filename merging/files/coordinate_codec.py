@@ -24,6 +24,8 @@ Coordinates = NDArray[np.int64]
 # Bytes of a bit vector per step: few enough for the cache, and enough that two threads seldom
 # wait for each other between calls.
 _BLOCK = 1 << 16
+_COMPARED = 1 << 19
+_NOWHERE = np.empty(0, dtype=np.int64)
 _INDICES = np.arange(8 * _BLOCK, dtype=np.int64)
 _BYTE_TYPES = {8: "<u1", 16: "<u2", 32: "<u4"}
 
@@ -122,6 +124,15 @@ def true_positions(mask: NDArray[np.bool_]) -> Coordinates:
     if whole < len(mask):
         positions = np.concatenate([positions, np.flatnonzero(mask[whole:]) + whole])
     return positions
+
+
+def differing_positions(one: NDArray[Any], other: NDArray[Any]) -> Coordinates:
+    """The positions at which two flat arrays of the same length differ, in order."""
+    parts = [
+        true_positions(one[start : start + _COMPARED] != other[start : start + _COMPARED]) + start
+        for start in range(0, len(one), _COMPARED)
+    ]
+    return np.concatenate([_NOWHERE, *parts])
 
 
 def _smallest(kept: int, numel: int) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.coordinate_codec import true_positions
+from restitch.merging.files.coordinate_codec import differing_positions, true_positions
 from restitch.merging.files.delta import Delta
 from restitch.merging.files.edits import Edits
 from restitch.merging.files.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sparse
@@ -36,7 +36,6 @@ VERSION = 1
 OVERLAPS = (MEAN, *RULES)
 
 _BLOCK = 1 << 19
-_NOWHERE = np.empty(0, dtype=np.int64)
 
 # The importance of a tensor's rows and columns to a member, if its delta has it.
 _Factors = tuple[Floats, Floats] | None
@@ -264,11 +263,7 @@ def differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator[
         new = old.copy()
         after = torch.from_numpy(new).view(before.dtype)
         edits.apply(name, after)
-        changed = [
-            true_positions(old[start : start + _BLOCK] != new[start : start + _BLOCK]) + start
-            for start in range(0, len(old), _BLOCK)
-        ]
-        coordinates = np.concatenate([_NOWHERE, *changed])
+        coordinates = differing_positions(old, new)
         yield SparseTensor(
             name, base.info(name).shape, torch.from_numpy(coordinates), gather(after, coordinates)
         )

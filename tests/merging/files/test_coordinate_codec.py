@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restitch.merging.files.coordinate_codec import Coordinates, decode, encode, encoded_size
+from restitch.merging.files import coordinate_codec as module
+from restitch.merging.files.coordinate_codec import (
+    Coordinates,
+    decode,
+    differing_positions,
+    encode,
+    encoded_size,
+)
 
 
 def coordinates(*values: int) -> Coordinates:
@@ -118,3 +125,15 @@ def test_order_is_checked_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 def test_wrong_coordinates_are_not_encoded(wrong: list[int]) -> None:
     with pytest.raises(ValueError):
         encode(coordinates(*wrong), 10)
+
+
+@pytest.mark.parametrize("block", [3, 1 << 19])
+@given(st.integers(0, 40), st.integers(0, 100))
+def test_differing_positions_are_where_two_arrays_differ(block: int, count: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    one, other = generator.integers(0, 2, (2, count), dtype=np.int16)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "_COMPARED", block)
+        found = differing_positions(one, other)
+    assert found.dtype == np.int64
+    assert found.tolist() == np.flatnonzero(one != other).tolist()
