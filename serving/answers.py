@@ -45,7 +45,8 @@ def columns_of(version: ServedVersion) -> dict[str, bool]:
         pairs = any(len(task.columns) > 1 for task in version.tasks.values())
         return {TEXT: True, **({PAIR: False} if pairs else {})}
     tasks = {name for task in version.tasks.values() for name in task.columns}
-    return dict.fromkeys([*([] if family.fills_mask else [PROMPT]), *sorted(tasks)], False)
+    named = [*([] if family.fills_mask else [PROMPT]), *sorted(tasks)]
+    return dict.fromkeys(named or [TEXT], False)  # MLflow takes no model without a column
 
 
 class MergedModel:

@@ -213,14 +213,13 @@ def _example(version: ServedVersion) -> tuple[dict[str, Any], dict[str, Any]]:
         row = {TEXT: "An example text.", **({PAIR: "Another text."} if pair else {})}
     elif not family.fills_mask:
         row, task = {PROMPT: "An example of a prompt:"}, None
-    elif task is not None:
+    else:
         lists = _lists(version)
+        named = () if task is None else version.tasks[task].columns
         row = {
             name: ["one", "two"] if name in lists else "An example text."
-            for name in version.tasks[task].columns
+            for name in named or columns_of(version)
         }
-    else:
-        row = {}
     params = {} if task is None else {"task": task}
     return {"columns": [*row], "data": [[*row.values()]]}, params
 

@@ -28,6 +28,7 @@ _PROCESSES = ("made_by", "localized_by")
 
 Rows = Sequence[tuple[str, ...]]
 
+_ADAPTER_COLUMNS = ("task", "metric", "merged version", "adapter", "rows")
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
 
 
@@ -150,8 +151,7 @@ def adapter_card(
         f"which merges {len(record.members)} finetuned models."
         + (f" It cannot hold {left_out:.2%}: biases, norms and the like." if left_out else ""),
         *_usage(use),
-        "## Results",
-        _table(("task", "metric", "merged version", "adapter", "rows"), results),
+        *(["## Results", _table(_ADAPTER_COLUMNS, results)] if results else []),
         "## Members",
         _members(record),
         "## Licences",

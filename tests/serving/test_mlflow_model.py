@@ -25,7 +25,7 @@ from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
 from restitch.registry.store.objects import ObjectStore
 from restitch.serving.mlflow_model import model_files, write_weights
-from restitch.serving.served_version import ServedVersion
+from restitch.serving.served_version import ServedTask, ServedVersion
 from tests.serving.made import made
 from tests.tiny_models import (
     tiny_bert,
@@ -169,6 +169,16 @@ def test_a_masked_model_needs_a_task(tmp_path: Path) -> None:
     model = loaded(version_of("masked-lm", tmp_path), tmp_path / "model")
     with pytest.raises(MlflowException, match="answers tasks only"):
         model.predict(pd.DataFrame({"text": ["one"]}))
+
+
+def test_a_masked_model_of_tasks_without_rows_is_a_model_too(tmp_path: Path) -> None:
+    version = version_of("masked-lm", tmp_path)
+    for tasks in ({"colour": ServedTask(metric="accuracy", columns=())}, {}):
+        bare = version.model_copy(update={"tasks": tasks})
+        model = loaded(bare, tmp_path / f"{len(tasks)} tasks")
+        assert model.metadata.get_input_schema().input_names() == ["text"]
+        with pytest.raises(MlflowException, match="answers tasks only"):
+            model.predict(model.input_example)
 
 
 def test_requests_that_cannot_be_answered_say_why(tmp_path: Path) -> None:

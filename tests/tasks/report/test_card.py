@@ -13,7 +13,7 @@ from restitch.registry.ledger.records import DataUsed, TaskResult
 from restitch.registry.record import Interval
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.report.card import model_card, specialist_card
+from restitch.tasks.report.card import adapter_card, model_card, specialist_card
 from restitch.tasks.report.provenance import Provenance, licence_of, lineage, provenance
 from tests.conftest import Three
 from tests.registry import builders
@@ -53,6 +53,24 @@ def test_a_base_from_the_hub_is_named_without_its_commit() -> None:
 )
 def test_a_base_outside_of_the_hub_is_not_named_as_base_model(base: str) -> None:
     assert "base_model" not in front_matter(card(base=base))
+
+
+def test_the_card_of_an_adapter_names_the_base_alone() -> None:
+    line_state = builders.line_state()
+    made = {"kept": 0.9, "parameters": 10, "left_out": {}, "results": {}, "retention": None}
+
+    def of(base: str) -> str:
+        ref = line_state.base.model_copy(update={"uri": base})
+        own = line_state.model_copy(update={"base": ref})
+        return adapter_card(own, builders.record(), made, Provenance(), "a line of Python")
+
+    text = of(f"openai/clip@{'a' * 40}")
+    found = front_matter(text)
+    assert (found["base_model"], found["base_model_relation"]) == ("openai/clip", "adapter")
+    assert (found["library_name"], "lora" in found["tags"]) == ("peft", True)
+    assert "a line of Python" in text
+    assert "## Results" not in text, "nothing was measured"
+    assert "base_model" not in front_matter(of("/models/base"))
 
 
 def test_the_card_has_results_members_and_recipe() -> None:
