@@ -42,6 +42,7 @@ class Method:
             the train rows of its task (`DeltaMember.statistics`).
         tunes: the setting to tune on request, with the values to try.
         settings: its settings with their defaults.
+        added: the settings that the first release of this version did not have.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Method:
     needs: tuple[str, ...]
     tunes: tuple[str, tuple[float, ...]] | None
     settings: Mapping[str, Any]
+    added: tuple[str, ...]
     function: Callable[..., Edits | Experts] = field(repr=False)
 
     def __call__(self, base: Checkpoint, members: Iterable[DeltaMember], **settings: Any) -> Edits:
@@ -88,6 +90,7 @@ def method(
     whole: bool = False,
     needs: tuple[str, ...] = (),
     tunes: tuple[str, tuple[float, ...]] | None = None,
+    added: tuple[str, ...] = (),
 ) -> Callable[[_F], _F]:
     """Register the decorated function as the merge method `name`."""
 
@@ -106,7 +109,7 @@ def method(
         if tunes is not None and tunes[0] not in settings:
             raise ValueError(f"method {name!r} has no setting {tunes[0]!r} to tune")
         _REGISTERED[name] = Method(
-            name, version, source, exact, kind, whole, needs, tunes, settings, function
+            name, version, source, exact, kind, whole, needs, tunes, settings, added, function
         )
         return function
 
@@ -135,7 +138,10 @@ def get_method(name: str) -> Method:
 
 
 def resolve_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the types of a method's settings and fill in its defaults."""
+    """Check the types of a method's settings and fill in its defaults.
+
+    An added setting with its default is left out, so that recipes of before keep their digest.
+    """
     chosen = get_method(name)
     for key, value in settings.items():
         if key not in chosen.settings:
@@ -148,7 +154,12 @@ def resolve_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
                 found=f"{value!r} ({type(value).__name__})",
                 hint=f"the default is {chosen.settings[key]!r}",
             )
-    return {**chosen.settings, **settings}
+    usual = {key: chosen.settings[key] for key in chosen.added}
+    return {
+        key: value
+        for key, value in {**chosen.settings, **settings}.items()
+        if key not in usual or value != usual[key]
+    }
 
 
 def _fits(value: object, expected: Any) -> bool:

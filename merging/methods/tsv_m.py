@@ -1,14 +1,13 @@
 """TSV-Merge (Gargiulo et al., CVPR 2025): each task's leading singular vectors, made orthogonal."""
 
-import torch
 from torch import Tensor
 
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
+from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal
 from restitch.merging.rules.settings import LARGE_COEFFICIENTS, check_range
+from restitch.merging.rules.triplets import check_share, leading_triplets
 
 
 @method(
@@ -18,32 +17,29 @@ from restitch.merging.rules.settings import LARGE_COEFFICIENTS, check_range
     exact=False,
     whole=True,
     tunes=("alpha", LARGE_COEFFICIENTS),
+    added=("rank",),
 )
-def tsv_m(inputs: MergeInputs, *, alpha: float = 1.0) -> Edits:
+def tsv_m(inputs: MergeInputs, *, alpha: float = 1.0, rank: float = 1.0) -> Edits:
     """Base + alpha * (sum over tasks of decorrelated leading singular triplets).
 
     Args:
         inputs: the base and the members, each with its whole task vector.
         alpha: the coefficient; the paper uses 1.
+        rank: the largest share of each matrix's rank that is kept of a member; the paper keeps 1/T
+            of T members, and so does the default.
     """
     check_range("alpha", alpha, 0, 10)
-    return PerMatrix(inputs, lambda matrix: alpha * merged(matrix.changes, matrix.rank))
+    check_share(rank)
+    return PerMatrix(inputs, lambda matrix: alpha * merged(matrix.changes, matrix.rank, rank))
 
 
-def merged(changes: Tensor, rank: int) -> Tensor:
-    """Merge the leading r/T triplets of each matrix, with left and right vectors orthogonalized.
-
-    Vectors of the singular value 0 are arbitrary, and would bend the others: they are left out.
+def merged(changes: Tensor, rank: int, share: float = 1.0) -> Tensor:
+    """Merge the leading triplets of each matrix, with left and right vectors orthogonalized.
 
     Args:
         changes: task vectors of one matrix, members x rows x columns.
         rank: r, the smaller side of the matrix (of the tensor itself in a core space).
+        share: the share of r that is kept of a member, at most 1/T.
     """
-    kept = max(1, rank // len(changes))
-    left, values, right = svd(changes)
-    values = values * above_rounding(values, max(changes.shape[1:]))
-    real = values[:, :kept] > 0
-    lefts = torch.cat([one[:, :kept] * own for one, own in zip(left, real, strict=True)], dim=1)
-    rights = torch.cat([one[:kept] * own[:, None] for one, own in zip(right, real, strict=True)])
-    spectrum = values[:, :kept].reshape(-1)
-    return (nearest_orthogonal(lefts) * spectrum) @ nearest_orthogonal(rights)
+    kept = leading_triplets(changes, rank, share)
+    return (nearest_orthogonal(kept.left) * kept.values) @ nearest_orthogonal(kept.right)

@@ -58,6 +58,13 @@ def test_defaults_are_filled_in() -> None:
     assert resolve_settings(PAPER, {}) == {"overlap": "mean"}
 
 
+def test_an_added_setting_with_its_default_changes_no_recipe() -> None:
+    before = {"alpha": 1.0}
+    assert resolve_settings("tsv-m", {}) == before
+    assert resolve_settings("tsv-m", {"rank": 1}) == before
+    assert resolve_settings("tsv-m", {"rank": 0.25}) == before | {"rank": 0.25}
+
+
 def test_errors_about_unknown_names_suggest_the_nearest_one() -> None:
     with pytest.raises(BadInput, match="did you mean 'overlap'"):
         resolve_settings(PAPER, {"overlaps": "mean"})

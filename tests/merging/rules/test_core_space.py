@@ -61,11 +61,24 @@ def differences(base: Checkpoint, one: Edits, other: Edits) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name", ["tsv-m", "averaging", "task-arithmetic"])
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("tsv-m", {}),
+        ("tsv-m", {"rank": 0.2}),
+        ("dc-merge", {"density": 0.1}),
+        ("averaging", {}),
+        ("task-arithmetic", {}),
+    ],
+)
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 1000))
 def test_methods_on_factors_equal_those_on_whole_task_vectors(
-    tmp_path_factory: pytest.TempPathFactory, name: str, ranks: list[int], seed: int
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    choice: dict[str, float],
+    ranks: list[int],
+    seed: int,
 ) -> None:
     # Also with more directions than the matrix has rank: there is no smaller core space then.
     folder = tmp_path_factory.mktemp("core")
@@ -73,7 +86,8 @@ def test_methods_on_factors_equal_those_on_whole_task_vectors(
     members = [factored(folder, f"t{i}", rank, seed + i, 0.5 + i) for i, rank in enumerate(ranks)]
     dense = [whole(folder, base, member) for member in members]
     method = get_method(name)
-    assert differences(base, method(base, members), method(base, dense)) < 1e-4
+    one, other = method(base, members, **choice), method(base, dense, **choice)
+    assert differences(base, one, other) < 1e-4
 
 
 def test_singular_value_calibration_equals_that_of_whole_task_vectors(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import edited
 from restitch.merging.files.mask import Mask
+from restitch.merging.methods.dc_merge import merged as in_cover
 from restitch.merging.methods.iso_c import isotropic
 from restitch.merging.methods.iso_cts import merged as common_and_own
 from restitch.merging.methods.registry import get_method
@@ -23,7 +25,7 @@ from restitch.merging.rules.per_matrix import PerMatrix, computing_on
 from restitch.merging.rules.stitch import DeltaMember, sparse_delta
 from tests import tiny
 
-METHODS = ("tsv-m", "iso-c", "iso-cts", "wudi")
+METHODS = ("tsv-m", "dc-merge", "iso-c", "iso-cts", "wudi")
 Matrix = NDArray[np.float64]
 
 
@@ -44,8 +46,7 @@ def orthogonal(matrix: Matrix) -> Matrix:
     return np.asarray(matrix @ (vectors / np.sqrt(values)) @ vectors.T)
 
 
-def tsv_reference(changes: Sequence[Matrix]) -> Matrix:
-    kept = min(changes[0].shape) // len(changes)
+def tsv_reference(changes: Sequence[Matrix], kept: int) -> Matrix:
     lefts, values, rights = [], [], []
     for change in changes:
         left, value, right = np.linalg.svd(change)
@@ -105,8 +106,10 @@ def changes_of(count: int, shape: tuple[int, int]) -> torch.Tensor:
 def test_rules_match_their_references(count: int, shape: tuple[int, int]) -> None:
     changes = changes_of(count, shape)
     plain = [np.asarray(change.double()) for change in changes]
+    rank = min(shape)
     for found, wanted in (
-        (merged(changes, min(shape)), tsv_reference(plain)),
+        (merged(changes, rank), tsv_reference(plain, rank // count)),
+        (merged(changes, rank, 2 / rank), tsv_reference(plain, min(2, rank // count))),
         (isotropic(changes.sum(0)), iso_reference(plain)),
         (common_and_own(changes, 0.8), iso_cts_reference(plain, 0.8)),
         (common_and_own(changes, 0.5), iso_cts_reference(plain, 0.5)),
@@ -123,6 +126,27 @@ def test_tsv_and_wudi_of_one_member_are_the_member(tmp_path: Path) -> None:
         for tensor in tiny.LOCALIZABLE:
             wanted = sparse_delta(member).values(tensor).view(base.info(tensor).shape)
             assert torch.allclose(edited(base, edits, tensor), wanted, atol=1e-5)
+
+
+def test_a_share_of_the_rank_keeps_the_leading_directions() -> None:
+    changes = torch.zeros(2, 4, 4)
+    changes[0, 0, 0], changes[0, 1, 1] = 3.0, 2.0
+    changes[1, 2, 2], changes[1, 3, 3] = 5.0, 1.0
+    kept = torch.diag(torch.tensor([3.0, 0.0, 5.0, 0.0]))
+    assert torch.allclose(merged(changes, 4, 0.25), kept, atol=1e-6)
+    # The least is one direction, and the most is 1/T of the rank.
+    assert torch.equal(merged(changes, 4, 0.001), merged(changes, 4, 0.25))
+    assert torch.equal(merged(changes, 4, 0.9), merged(changes, 4))
+
+
+@pytest.mark.parametrize("name", ["tsv-m", "dc-merge"])
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
+def test_a_share_of_the_rank_is_above_0_and_at_most_1(
+    tmp_path: Path, name: str, share: float
+) -> None:
+    base = tiny.save(tmp_path / "base", tiny.base_tensors())
+    with pytest.raises(BadInput, match="the setting rank is out of range"):
+        get_method(name)(base, (), rank=share)
 
 
 def test_orthogonal_tasks_are_kept_whole() -> None:
@@ -184,12 +208,13 @@ def test_no_members_give_the_base(tmp_path: Path, name: str) -> None:
     "rule",
     [
         lambda changes: merged(changes, 4),
+        lambda changes: in_cover(changes, 4),
         lambda changes: isotropic(changes.sum(0)),
         lambda changes: common_and_own(changes, 0.8),
         lambda changes: minimized(changes, 2, 1e-3),
         lambda changes: solved(changes, [torch.eye(4, dtype=torch.float64)] * 2, 0.9),
     ],
-    ids=["tsv-m", "iso-c", "iso-cts", "wudi", "regmean"],
+    ids=["tsv-m", "dc-merge", "iso-c", "iso-cts", "wudi", "regmean"],
 )
 def test_a_rule_computes_on_the_device_of_its_matrices(rule: Callable[[torch.Tensor], Any]) -> None:
     """On torch's device without numbers: it needs no GPU, and mixing it with another is refused."""

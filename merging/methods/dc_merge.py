@@ -1,0 +1,110 @@
+"""DC-Merge (Zhang et al., CVPR 2026): tasks merged in a basis that covers the directions of all.
+
+As in the authors' code for whole task vectors, with four differences. Nothing smooths the singular
+values (there, only LoRA members are smoothed). A direction that several members share to the last
+digit is covered once, and not by an arbitrary second vector. The number of entries kept is rounded,
+not cut. And the number of triplets may be set (`rank`).
+"""
+
+import torch
+from torch import Tensor
+
+from restitch.merging.files.edits import Edits
+from restitch.merging.localize.dataless import kept_count
+from restitch.merging.methods.registry import method
+from restitch.merging.numerics.factors import above_rounding
+from restitch.merging.rules.merge_inputs import MergeInputs
+from restitch.merging.rules.per_matrix import PerMatrix, svd
+from restitch.merging.rules.settings import check_range
+from restitch.merging.rules.triplets import check_share, leading_triplets
+
+# Averaging the members that agree takes from each its part in shared directions, so that the best
+# coefficient lies above 1.
+SCALES = tuple(n * 4 / 10 for n in range(1, 11))
+
+
+@method(
+    name="dc-merge",
+    version=1,
+    source="Zhang et al., DC-Merge, CVPR 2026, arXiv 2603.06242",
+    exact=False,
+    whole=True,
+    tunes=("alpha", SCALES),
+)
+def dc_merge(
+    inputs: MergeInputs, *, alpha: float = 1.0, density: float = 0.001, rank: float = 1.0
+) -> Edits:
+    """Base + alpha * (the members' leading triplets, merged in a common basis).
+
+    Args:
+        inputs: the base and the members, each with its whole task vector.
+        alpha: the coefficient, which the paper tunes.
+        density: the share of the r x r entries of a matrix of rank r that is kept of a member.
+        rank: the largest share of each matrix's rank that is kept of a member; the paper keeps 1/T
+            of T members, and so does the default.
+    """
+    check_range("alpha", alpha, 0, 100)
+    check_range("density", density, 0, 1)
+    check_share(rank)
+    return PerMatrix(
+        inputs, lambda matrix: alpha * merged(matrix.changes, matrix.rank, density, rank)
+    )
+
+
+def merged(changes: Tensor, rank: int, density: float = 0.001, share: float = 1.0) -> Tensor:
+    """Merge the leading triplets of each matrix in the basis that is nearest to all of them.
+
+    U and V are the nearest orthonormal vectors to all members' left and right ones. A member is
+    M_t = U^T U_t S_t V_t^T V there. Of each, the largest entries are kept, and only those in the
+    square blocks of k rows and columns on the diagonal, one for each member. Each entry of the
+    merged M is the mean of those with the sign of their sum. The result is U M V^T.
+
+    Args:
+        changes: task vectors of one matrix, members x rows x columns.
+        rank: r, the smaller side of the matrix (of the tensor itself in a core space).
+        density: the share of r * r entries that is kept of each M_t, at least one.
+        share: the share of r that is kept of a member, at most 1/T.
+    """
+    kept, members = leading_triplets(changes, rank, share), len(changes)
+    left, right = cover(kept.left), cover(kept.right)
+    entries = min(max(1, kept_count(density, rank * rank)), len(kept.values) ** 2)
+    in_basis = (
+        (left.mT @ own_left * values) @ (own_right @ right.mT)
+        for own_left, values, own_right in zip(
+            kept.left.chunk(members, 1),
+            kept.values.chunk(members),
+            kept.right.chunk(members),
+            strict=True,
+        )
+    )
+    blocks = torch.stack([diagonal_blocks(largest(one, entries), members) for one in in_basis])
+    return left @ torch.block_diag(*elected_mean(blocks)) @ right
+
+
+def cover(vectors: Tensor) -> Tensor:
+    """The nearest orthonormal vectors, in the space of the vectors alone.
+
+    P R^T of the SVD P Q R^T without the directions where Q is 0.
+    """
+    left, values, right = svd(vectors)
+    return (left * above_rounding(values, max(vectors.shape))) @ right
+
+
+def largest(matrix: Tensor, count: int) -> Tensor:
+    """The matrix with its `count` largest entries, those as large as the last of them, and 0."""
+    sizes = matrix.abs()
+    return matrix * (sizes >= sizes.reshape(-1).topk(count).values[-1])
+
+
+def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
+    """The square blocks on the diagonal, count x side x side."""
+    side = len(matrix) // count
+    blocks = matrix.view(count, side, count, side)
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def elected_mean(members: Tensor) -> Tensor:
+    """The mean over the first dimension of the numbers with the sign of the sum; 0 without one."""
+    sign = members.sum(0).sign()
+    agrees = (members.sign() == sign) & (sign != 0)
+    return (members * agrees).sum(0) / agrees.sum(0).clamp_min(1)
