@@ -78,7 +78,8 @@ def merged(changes: Tensor, rank: int, density: float = 0.001, share: float = 1.
         )
     )
     blocks = torch.stack([diagonal_blocks(largest(one, entries), members) for one in in_basis])
-    return left @ torch.block_diag(*elected_mean(blocks)) @ right
+    turned = torch.stack(left.chunk(members, 1)) @ elected_mean(blocks)
+    return torch.cat(tuple(turned), 1) @ right
 
 
 def cover(vectors: Tensor) -> Tensor:
