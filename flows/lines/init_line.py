@@ -45,9 +45,13 @@ from restitch.tasks.runtime.schedules import check_schedule
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 from restitch.tasks.statistics import check_rows_for
 
-# Methods for a line file that names none; see docs/results/llm.md.
+# Methods for a line file that names none; see docs/results/llm.md and subspaces.md.
 _SPARSE = "localize-and-stitch"
 _FOR_LANGUAGE = ("tsv-m", "task-arithmetic")
+_FOR_TEXTS = (
+    "method: {name: dc-merge, settings: {calibrate: true}}",
+    "localize: {mode: subspace, rank: 0.167}",
+)
 
 
 @dataclass(frozen=True)
@@ -195,9 +199,15 @@ def _load(file: Path | Mapping[str, Any], space: Workspace) -> LineSpec:
 
 def _proposed_method(family: str) -> str:
     """The line to add for the method, by what was best on a line of this family."""
-    sparse = f"`method: {_SPARSE}`"
-    if not get_family(family).reads_prompts:
+    sparse, chosen = f"`method: {_SPARSE}`", get_family(family)
+    if chosen.modality == "image":
         return f"add this line to the file: {sparse}"
+    if not chosen.reads_prompts:
+        return (
+            f"add these lines to the file: {' and '.join(f'`{line}`' for line in _FOR_TEXTS)},"
+            " which reached the most on a line of text encoders without tuning; or the one line"
+            f" {sparse}, whose weights are the same bytes on every machine"
+        )
     return (
         f"add this line to the file: `method: {{tournament: [{', '.join(_FOR_LANGUAGE)}]}}`, in the"
         f" order of what they reached on a line of language models; or {sparse}, which stores a"

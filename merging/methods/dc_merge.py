@@ -1,26 +1,27 @@
 """DC-Merge (Zhang et al., CVPR 2026): tasks merged in a basis that covers the directions of all.
 
-As in the authors' code for whole task vectors, with four differences. Nothing smooths the singular
-values (there, only LoRA members are smoothed). A direction that several members share to the last
-digit is covered once, and not by an arbitrary second vector. The number of entries kept is rounded,
-not cut. And the number of triplets may be set (`rank`).
+As in the authors' code for whole finetuned models, with these differences. The singular values of
+LoRA members are not evened out. A direction that several members share to the last digit is covered
+once; theirs adds an arbitrary second one. The number of entries that stay is rounded, not cut. The
+number of triplets may be set (`rank`), and the result may be calibrated (`calibrate`).
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from restitch.merging.files.edits import Edits
-from restitch.merging.localize.dataless import kept_count
 from restitch.merging.methods.registry import method
 from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.per_matrix import PerMatrix, svd
+from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
 from restitch.merging.rules.settings import check_range
 from restitch.merging.rules.triplets import check_share, leading_triplets
 
-# Averaging the members that agree takes from each its part in shared directions, so that the best
-# coefficient lies above 1.
-SCALES = tuple(n * 4 / 10 for n in range(1, 11))
+# The mean of the members that agree is smaller than their sum: without calibration, the best
+# coefficient of four members lies above 2.
+SCALES = (0.6, 0.8, 1.0, 1.2, 1.6, 2.0, 2.4, 2.8, 3.2, 4.0, 5.0)
 
 
 @method(
@@ -32,7 +33,12 @@ SCALES = tuple(n * 4 / 10 for n in range(1, 11))
     tunes=("alpha", SCALES),
 )
 def dc_merge(
-    inputs: MergeInputs, *, alpha: float = 1.0, density: float = 0.001, rank: float = 1.0
+    inputs: MergeInputs,
+    *,
+    alpha: float = 1.0,
+    density: float = 0.001,
+    rank: float = 1.0,
+    calibrate: bool = False,
 ) -> Edits:
     """Base + alpha * (the members' leading triplets, merged in a common basis).
 
@@ -42,16 +48,27 @@ def dc_merge(
         density: the share of the r x r entries of a matrix of rank r that is kept of a member.
         rank: the largest share of each matrix's rank that is kept of a member; the paper keeps 1/T
             of T members, and so does the default.
+        calibrate: scale each matrix so that on average the members' triplets are met in full, which
+            the paper does not. Then 1 is a good `alpha` for any number of members.
     """
     check_range("alpha", alpha, 0, 100)
     check_range("density", density, 0, 1)
     check_share(rank)
-    return PerMatrix(
-        inputs, lambda matrix: alpha * merged(matrix.changes, matrix.rank, density, rank)
-    )
+
+    def rule(matrix: Matrix) -> Tensor:
+        return alpha * merged(matrix.changes, matrix.rank, density, rank, calibrate=calibrate)
+
+    return PerMatrix(inputs, rule)
 
 
-def merged(changes: Tensor, rank: int, density: float = 0.001, share: float = 1.0) -> Tensor:
+def merged(
+    changes: Tensor,
+    rank: int,
+    density: float = 0.001,
+    share: float = 1.0,
+    *,
+    calibrate: bool = False,
+) -> Tensor:
     """Merge the leading triplets of each matrix in the basis that is nearest to all of them.
 
     U and V are the nearest orthonormal vectors to all members' left and right ones. A member is
@@ -64,10 +81,11 @@ def merged(changes: Tensor, rank: int, density: float = 0.001, share: float = 1.
         rank: r, the smaller side of the matrix (of the tensor itself in a core space).
         density: the share of r * r entries that is kept of each M_t, at least one.
         share: the share of r that is kept of a member, at most 1/T.
+        calibrate: multiply the result by `answer`.
     """
     kept, members = leading_triplets(changes, rank, share), len(changes)
     left, right = cover(kept.left), cover(kept.right)
-    entries = min(max(1, kept_count(density, rank * rank)), len(kept.values) ** 2)
+    entries = min(max(1, math.floor(density * rank * rank + 0.5)), len(kept.values) ** 2)
     in_basis = (
         (left.mT @ own_left * values) @ (own_right @ right.mT)
         for own_left, values, own_right in zip(
@@ -78,7 +96,10 @@ def merged(changes: Tensor, rank: int, density: float = 0.001, share: float = 1.
         )
     )
     blocks = torch.stack([diagonal_blocks(largest(one, entries), members) for one in in_basis])
-    turned = torch.stack(left.chunk(members, 1)) @ elected_mean(blocks)
+    found = elected_mean(blocks)
+    if calibrate:
+        found = found * answer(found, blocks, kept.values)
+    turned = torch.stack(left.chunk(members, 1)) @ found
     return torch.cat(tuple(turned), 1) @ right
 
 
@@ -109,3 +130,17 @@ def elected_mean(members: Tensor) -> Tensor:
     sign = members.sum(0).sign()
     agrees = (members.sign() == sign) & (sign != 0)
     return (members * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def answer(found: Tensor, blocks: Tensor, values: Tensor) -> Tensor:
+    """The factor with which the members meet themselves in the merged matrix on average.
+
+    sum |S_t|^2 / sum <M, M_t>: after it, the projection of M on the members is theirs in total.
+
+    Args:
+        found: M by its blocks.
+        blocks: the entries that stay of each M_t, members x blocks.
+        values: the singular values of all members.
+    """
+    met = (found * blocks.sum(0)).sum()
+    return values.square().sum() / met.clamp_min(torch.finfo().tiny)

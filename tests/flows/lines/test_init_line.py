@@ -193,7 +193,13 @@ def test_a_finetuned_model_of_another_kind_is_quarantined_by_what_it_is(
 @pytest.mark.parametrize(
     ("make", "family", "proposed"),
     [
-        (tiny_bert, "text-encoder", "method: localize-and-stitch"),
+        (
+            tiny_bert,
+            "text-encoder",
+            "method: {name: dc-merge, settings: {calibrate: true}}\n"
+            "localize: {mode: subspace, rank: 0.167}",
+        ),
+        (tiny_clip, "clip", "method: localize-and-stitch"),
         (tiny_gpt2, "causal-lm", "method: {tournament: [tsv-m, task-arithmetic]}"),
     ],
 )
@@ -202,7 +208,8 @@ def test_init_proposes_the_method_of_a_file_without_one(tmp_path, shell, make, f
     file.write_text(f"line: kinds\nbase: {make(tmp_path / 'base')}\nfamily: {family}\n")
     done = shell("init", file, code=3)
     assert f"{file} names no method" in done.err
-    assert f"`{proposed}`" in " ".join(done.err.split())
+    asked = " and ".join(f"`{line}`" for line in proposed.splitlines())
+    assert asked in " ".join(done.err.split())
     assert shell.json("status")["lines"] == []
     file.write_text(f"{file.read_text()}{proposed}\n")
     assert "made line kinds" in shell("init", file).out

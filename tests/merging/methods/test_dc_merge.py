@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.dc_merge import merged
 from restitch.merging.methods.registry import get_method
+from restitch.merging.rules.per_matrix import svd
 from tests import tiny
 from tests.merging.rules.test_per_matrix import Matrix, changes_of, orthogonal
 
@@ -84,6 +85,17 @@ def test_members_that_change_nothing_leave_the_others_as_they_are() -> None:
     both = torch.stack([low, torch.zeros_like(low)])
     assert torch.allclose(merged(both, 6, 1.0), low, atol=1e-6)
     assert not merged(torch.zeros_like(both), 6).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_calibrated_the_members_meet_themselves_on_average(count: int) -> None:
+    changes, kept = changes_of(count, (12, 7)), 7 // count
+    found = merged(changes, 7, 1.0, calibrate=True)
+    leading = [(u[:, :kept] * s[:kept]) @ v[:kept] for u, s, v in map(svd, changes)]
+    met = sum(float((found * one).sum()) for one in leading)
+    assert met == pytest.approx(sum(float(one.square().sum()) for one in leading), rel=1e-4)
+    if count == 1:
+        assert torch.allclose(found, changes[0], atol=1e-5)
 
 
 def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
