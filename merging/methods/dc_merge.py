@@ -45,7 +45,7 @@ def dc_merge(
     Args:
         inputs: the base and the members, each with its whole task vector.
         alpha: the coefficient, which the paper tunes.
-        density: the share of the r x r entries of a matrix of rank r that is kept of a member.
+        density: the share of the entries of each M_t that is kept (see `merged`).
         rank: the largest share of each matrix's rank that is kept of a member; the paper keeps 1/T
             of T members, and so does the default.
         calibrate: scale each matrix so that on average the members' triplets are met in full, which
@@ -79,13 +79,15 @@ def merged(
     Args:
         changes: task vectors of one matrix, members x rows x columns.
         rank: r, the smaller side of the matrix (of the tensor itself in a core space).
-        density: the share of r * r entries that is kept of each M_t, at least one.
+        density: the share of the entries that is kept of each M_t, at least one. They are counted
+            with r // T triplets of each member, whatever the share and the core space.
         share: the share of r that is kept of a member, at most 1/T.
         calibrate: multiply the result by `answer`.
     """
     kept, members = leading_triplets(changes, rank, share), len(changes)
     left, right = cover(kept.left), cover(kept.right)
-    entries = min(max(1, math.floor(density * rank * rank + 0.5)), len(kept.values) ** 2)
+    side = members * max(1, rank // members)
+    entries = min(max(1, math.floor(density * side * side + 0.5)), len(kept.values) ** 2)
     in_basis = (
         (left.mT @ own_left * values) @ (own_right @ right.mT)
         for own_left, values, own_right in zip(
@@ -113,9 +115,14 @@ def cover(vectors: Tensor) -> Tensor:
 
 
 def largest(matrix: Tensor, count: int) -> Tensor:
-    """The matrix with its `count` largest entries, those as large as the last of them, and 0."""
+    """The matrix with its `count` largest entries, those as large as the last of them, and 0.
+
+    Entries that are 0 up to rounding do not stay: they would count as members that agree.
+    """
     sizes = matrix.abs()
-    return matrix * (sizes >= sizes.reshape(-1).topk(count).values[-1])
+    top = sizes.reshape(-1).topk(count).values
+    least = torch.maximum(top[-1], top[0] * len(matrix) * torch.finfo(matrix.dtype).eps)
+    return matrix * (sizes >= least)
 
 
 def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:

@@ -51,7 +51,8 @@ def test_it_matches_its_reference(
 ) -> None:
     changes, rank = changes_of(count, shape), min(shape)
     kept = max(1, min(rank // count, int(share * rank + 0.5)))
-    entries = min(max(1, int(density * rank * rank + 0.5)), (count * kept) ** 2)
+    side = count * (rank // count)
+    entries = min(max(1, int(density * side * side + 0.5)), (count * kept) ** 2)
     found = merged(changes, rank, density, share)
     wanted = reference([np.asarray(change.double()) for change in changes], kept, entries)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-5)
@@ -65,6 +66,16 @@ def test_of_tasks_in_directions_of_their_own_the_largest_entries_stay() -> None:
     # 1/16 of 4 x 4 entries is one of each member.
     largest = torch.diag(torch.tensor([3.0, 0.0, 5.0, 0.0]))
     assert torch.allclose(merged(changes, 4, 1 / 16), largest, atol=1e-6)
+
+
+def test_rounding_is_no_agreement() -> None:
+    # Directions without overlap, but turned: products that should be 0 are rounding.
+    left, right = (torch.linalg.qr(one)[0] for one in changes_of(2, (8, 8)))
+    values = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+    changes = torch.stack(
+        [left[:, own] @ values @ right[:, own].T for own in (slice(0, 4), slice(4, 8))]
+    )
+    assert torch.allclose(merged(changes, 8, 1.0), changes.sum(0), atol=1e-5)
 
 
 @pytest.mark.parametrize(("other", "wanted"), [(1.0, 1.0), (-1.0, 1.5), (-3.0, 0.0)])
