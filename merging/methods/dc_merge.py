@@ -80,7 +80,7 @@ def merged(
         changes: task vectors of one matrix, members x rows x columns.
         rank: r, the smaller side of the matrix (of the tensor itself in a core space).
         density: the share of the entries that is kept of each M_t, at least one. They are counted
-            with r // T triplets of each member, whatever the share and the core space.
+            with r // T triplets of each member, for every share and in a core space, too.
         share: the share of r that is kept of a member, at most 1/T.
         calibrate: multiply the result by `answer`.
     """
