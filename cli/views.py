@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from restitch.flows.promotion.lost_skill import needed_tensors
 from restitch.registry.ledger.ledger import Ledger, lines_in_use
 from restitch.registry.ledger.line_state import UNREAD, LineState, MemberFacts, ModelVersion
-from restitch.registry.ledger.measurements import unexpected
+from restitch.registry.ledger.measurements import shortfall, unexpected
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.specialists import stored_specialists
 from restitch.registry.store.objects import ObjectStore
@@ -81,10 +82,13 @@ def _model_status(
         "expected": model.facts.expected,
         "unexpected": unexpected(model.facts.expected, model.facts.results.get("finetuned")),
         "accepted": {check: one.to_json() for check, one in model.facts.accepted.items()},
+        "shortfall": shortfall(facts.recovery),
+        "needed_tensors": needed_tensors(model.facts),
         "density": facts.density,
         "delta_bytes": facts.delta_bytes,
         "newer_mask": newer
         and {"density": newer.density, "delta_bytes": newer.delta_bytes, "mask": model.mask},
         "merged": None if result is None else result.merged,
         "normalized": None if result is None else result.normalized,
+        "notes": [] if result is None else list(result.notes),
     }

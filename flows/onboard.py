@@ -12,7 +12,8 @@ onboarding it.
 
 Four evaluations judge a mask: the base, the finetuned model, the base with every localizable
 weight replaced, and the base with only the masked weights replaced. If more than 10 % of the
-squared change lies outside of the localizable tensors, `onboard` warns and names them.
+squared change lies outside of the localizable tensors, `onboard` warns and names them. If they hold
+a part of the skill, it proposes a choice of tensors for the line, and measures it.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,12 +23,14 @@ from typing import Any
 from restitch.flows.audit.report import mirror
 from restitch.flows.lines.adopt_mlflow import adopt_one
 from restitch.flows.outcome import Outcome
+from restitch.flows.promotion.lost_skill import as_key, proposed
 from restitch.flows.promotion.masks import mask_choice, needs_new_mask
 from restitch.flows.promotion.skill import Judgement, is_in_champion, judge
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError, shortlist
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import (
     PREPROCESSING,
+    Addition,
     LineState,
     Member,
     ModelFacts,
@@ -248,7 +251,8 @@ def _measure(
 ) -> ModelFacts:
     """Collect the facts that the line stores, with accuracies if the task has data."""
     measured = _results(line, spec, model, delta.blob)
-    _warn_of_outside(spec.task, checked, measured["results"])
+    addition = _addition(line, spec, model, checked, measured["results"])
+    _warn_of_outside(spec.task, checked, measured["results"], addition)
     if statistics:
         seconds = sum(each.recorded_seconds or 0.0 for each in statistics.values())
         measured |= {
@@ -267,6 +271,7 @@ def _measure(
         choice=mask_choice(line.spec),
         outside_share=checked.outside_share,
         outside_tensors=checked.outside_tensors,
+        addition=addition,
         unused=checked.unused,
         from_base=checked.from_base,
         notes=checked.notes,
@@ -291,9 +296,37 @@ def _results(line: LineRef, spec: TaskSpec, model: ModelVersion, delta: str) -> 
     return measured | {"results": results, "gain": gain}
 
 
-def _warn_of_outside(task: str, checked: Validated, results: Mapping[str, ResultRef]) -> None:
+def _addition(
+    line: LineRef,
+    spec: TaskSpec,
+    model: ModelVersion,
+    checked: Validated,
+    results: Mapping[str, ResultRef],
+) -> Addition | None:
+    """The tensors that the line should merge, too; None if they hold no part of the skill."""
+    if not results or not checked.include or not _lacks_skill(results):
+        return None
+    choice = line.spec.localize
+    wider = choice.model_copy(update={"include": (*choice.include, *checked.include)})
+    of_wider = LineRef(line.spec.model_copy(update={"localize": wider}), line.base)
+    weights = WeightsRef("localizable", model.model.weights, model.model.uri)
+    found = evaluate(of_wider, spec, weights, model.model)
+    now = results["localizable"].value
+    if not found.measure.is_better(found.value - now):
+        return None
+    return Addition(include=wider.include, value=found.value)
+
+
+def _lacks_skill(results: Mapping[str, ResultRef]) -> bool:
+    """True if all localizable weights of a finetuned model do not have its value."""
+    return _differs(results["localizable"], results["finetuned"])
+
+
+def _warn_of_outside(
+    task: str, checked: Validated, results: Mapping[str, ResultRef], addition: Addition | None
+) -> None:
     """Warn if a considerable part of what finetuning changed is in tensors that are not merged."""
-    matters = bool(results) and _differs(results["localizable"], results["finetuned"])
+    matters = bool(results) and _lacks_skill(results)
     if checked.outside_share <= OUTSIDE_WARNING and not matters:
         return
     names = shortlist([name for name, _ in checked.outside_tensors])
@@ -306,7 +339,11 @@ def _warn_of_outside(task: str, checked: Validated, results: Mapping[str, Result
             f"; with every localizable weight the {results['finetuned'].metric} is"
             f" {results['localizable'].value:.3f}, not {results['finetuned'].value:.3f}"
         )
-    warn(f"{text}; add tensors with `localize: include` in the line file")
+    if addition is not None:
+        text += f"; {proposed(addition, results['finetuned'].metric)}"
+    elif checked.include and not matters:
+        text += f"; {as_key(checked.include)} in the line file would add them"
+    warn(text)
 
 
 def _differs(one: ResultRef, other: ResultRef) -> bool:

@@ -30,10 +30,16 @@ from restitch.flows.promotion.snapshot import (
     newest_with_gain,
     take_snapshot,
 )
-from restitch.flows.promotion.transitions import MovedError, hold, promote, record_version, reject
+from restitch.flows.promotion.transitions import (
+    MovedError,
+    hold,
+    promote,
+    record_version,
+    reject,
+    why_held,
+)
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, RestitchError, Unavailable
-from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Member, ModelKey
 from restitch.registry.ledger.records import MergedRecord
@@ -80,7 +86,7 @@ class RemergeOutcome(Outcome):
             or its schedule is paused).
         version: the merged version that was made, or that exists already.
         localized: the models that this run localized, as "task version".
-        held: the models that this run held, with the gates that block them.
+        held: the models that this run held, with the gates that block them and the cause.
         failed: the gates that the version did not pass.
         missing: the members without a new mask, with the reason.
         warnings: losses of tasks and gates that only warn, if the version was promoted.
@@ -302,8 +308,8 @@ def _settle(ledger: Ledger, snapshot: Snapshot, force: bool) -> RemergeOutcome:
         rest = None
     reject(ledger, snapshot, version, everything, final=rest is None and not held)
     # Done before the rest is promoted: a run killed in between would try all of them again.
-    for member, failed in held:
-        hold(ledger, snapshot, member, failed)
+    for member, candidate in held:
+        hold(ledger, snapshot, member, candidate)
     outcome = _outcome(ledger, "rejected", version)
     if rest is not None and not rest.is_version(snapshot.champion):
         version = record_version(ledger, snapshot, rest)
@@ -312,8 +318,8 @@ def _settle(ledger: Ledger, snapshot: Snapshot, force: bool) -> RemergeOutcome:
         else:
             reject(ledger, snapshot, version, rest, final=False)
             outcome = _outcome(ledger, "rejected", version)
-    notes = {f"{m.task} {m.version}": [str(g.note) for g in failed] for m, failed in held}
-    return replace(outcome, held=notes)
+    reasons = {f"{m.task} {m.version}": why_held(snapshot, m, tried) for m, tried in held}
+    return replace(outcome, held=reasons)
 
 
 def _promoted(
@@ -325,13 +331,13 @@ def _promoted(
 
 def _one_by_one(
     snapshot: Snapshot,
-) -> tuple[Candidate | None, list[tuple[Member, tuple[GateOutcome, ...]]]]:
+) -> tuple[Candidate | None, list[tuple[Member, Candidate]]]:
     """Try the new members on top of the champion's, oldest first.
 
     Returns:
-        The last candidate that passed, if there is one, and the members that are blocked with
-        their gates. Nothing, if the champion's own members do not pass with the line's new method
-        or masks.
+        The last candidate that passed, if there is one, and the members that are blocked, each with
+        the candidate that failed. Nothing, if the champion's own members do not pass with the
+        line's new method or masks.
     """
     current = snapshot.champion_members
     if any(has_old_mask(snapshot.line_state, member.model) for member in current):
@@ -347,7 +353,7 @@ def _one_by_one(
         if candidate.passed:
             current, best = candidate.members, candidate
         else:
-            held.append((member, candidate.failed))
+            held.append((member, candidate))
     return best, held
 
 

@@ -17,7 +17,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from restitch.modeling.significance import Paired, compare_right, right_ratio_interval, wilson
+from restitch.modeling.significance import (
+    Paired,
+    compare_right,
+    right_ratio_bound,
+    right_ratio_interval,
+    wilson,
+)
 from restitch.registry.specs.metric import METRICS, Metric
 
 # A loss per token in place of one that is not finite: worse than all real ones, and finite.
@@ -105,14 +111,32 @@ class RowValues(ABC):
         None if it has none, because a value is 0.
         """
         self._check(other)
-        ratios = [
+        ratios = self._drawn_ratios(other)
+        if any(ratio is None for ratio in ratios):
+            return None
+        return _ends(np.array(ratios))
+
+    def ratio_bound(self, other: Self) -> float | None:
+        """The lower bound of that ratio, one-sided with 95 % confidence; never above the ratio.
+
+        None if the ratio is a division by zero, or if no row supports a bound above 0.
+        """
+        self._check(other)
+        ratio = self.metric.ratio(other.value(), self.value())
+        bound = self._lower_bound(other)
+        return None if ratio is None or bound is None else min(bound, ratio)
+
+    def _lower_bound(self, other: Self) -> float | None:
+        # A division by zero: nothing is left to reach in these rows.
+        ratios = [np.inf if each is None else each for each in self._drawn_ratios(other)]
+        return float(np.quantile(ratios, 0.05, method="lower"))
+
+    def _drawn_ratios(self, other: Self) -> list[float | None]:
+        return [
             self.metric.ratio(float(theirs), float(ours))
             for rows in self._draws()
             for theirs, ours in zip(other._at(rows), self._at(rows), strict=True)
         ]
-        if any(ratio is None for ratio in ratios):
-            return None
-        return _ends(np.array(ratios))
 
     def _check(self, other: Self) -> None:
         if self.metric != other.metric or self.count != other.count or not self.count:
@@ -175,6 +199,9 @@ class Bits(RowValues):
     def to_json(self) -> dict[str, Any]:
         """One bit per row, most significant first."""
         return {"right": np.packbits(self.right).tobytes().hex(), "count": self.count}
+
+    def _lower_bound(self, other: Self) -> float | None:
+        return right_ratio_bound(self.right, other.right)
 
     def _at(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         result: NDArray[np.float64] = self.right[rows].mean(1)

@@ -3,7 +3,8 @@
 The test is McNemar's with the mid-p value, in which the observed case counts half: the exact test
 is so conservative that it contradicts the intervals (Fagerland et al. 2013). The 95 % intervals
 are Wilson's for a share, those of Agresti and Min (2005) for a difference of shares, and those of
-the delta method on the logarithm for a ratio. `row_values` has the rows of other metrics.
+the delta method on the logarithm for a ratio, which also has a one-sided bound. `row_values` has
+the rows of other metrics.
 """
 
 import math
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 LEVEL = 0.05
 
 _Z = 1.959963984540054  # the normal quantile of 0.975
+_Z_ONE_SIDED = 1.6448536269514722  # of 0.95
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,28 @@ def right_ratio_interval(
 
     None if either has no row right: the ratio then has no interval.
     """
+    found = _log_ratio(first, second)
+    if found is None:
+        return None
+    centre, error = found
+    return math.exp(centre - _Z * error), math.exp(centre + _Z * error)
+
+
+def right_ratio_bound(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float | None:
+    """The lower bound of that ratio, one-sided with 95 % confidence; None likewise."""
+    found = _log_ratio(first, second)
+    return None if found is None else math.exp(found[0] - _Z_ONE_SIDED * found[1])
+
+
+def _log_ratio(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[float, float] | None:
+    """The logarithm of the ratio and its standard error."""
     both = int((first & second).sum())
     one, other = int(first.sum()), int(second.sum())
     if one == 0 or other == 0:
         return None
     below, above = one + 0.5, other + 0.5  # half a row in each cell, as above
     variance = 1 / below + 1 / above - 2 * both / (below * above)
-    centre, half = math.log(other / one), _Z * math.sqrt(variance)
-    return math.exp(centre - half), math.exp(centre + half)
+    return math.log(other / one), math.sqrt(variance)
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:

@@ -1,9 +1,9 @@
 """The layer, component and tower of a tensor, by its name.
 
 Names follow transformers (CLIP, ViT, BERT, RoBERTa, DistilBERT, MPNet, ALBERT, T5 encoders, GPT-2,
-Llama and related models). An unknown name is `other`, never an error: locations are for reports,
-and nothing depends on them. The components are those of the papers' figures: a bias of attention
-or MLP counts as bias, one of a layer norm as layer norm.
+Llama and related models). An unknown name is `other`, never an error: locations are for reports and
+proposals, and no merge depends on them. The components are those of the papers' figures: a bias of
+attention or MLP counts as bias, one of a layer norm as layer norm.
 """
 
 import re

@@ -1,11 +1,9 @@
 """Choose how many coordinates of a ranking a mask keeps.
 
 A line gives a density, a budget for the bytes of the delta file, or `density: auto`. The latter
-keeps the fewest coordinates whose graft recovers the requested share of the finetuned model's value
-on validation rows. Masks are nested, so coordinates are ranked only once. Neither test rows nor
-calibration rows are used. If even the highest density misses the target, but by no more than its
-confidence interval, then its own value becomes the reference: otherwise few validation rows would
-give every model the largest allowed mask. The record keeps every density that was tried.
+keeps the fewest coordinates whose graft recovers the requested share of the finetuned model's
+value, as far as validation rows support it (see `recovery`). Masks are nested, so coordinates are
+ranked only once.
 """
 
 from collections.abc import Callable
@@ -22,7 +20,6 @@ from restitch.merging.localize.dataless import kept_count
 from restitch.merging.numerics.bisection import geometric
 from restitch.merging.numerics.bitwise import gather, scatter
 from restitch.merging.ranking.top_k import Scores, top_k
-from restitch.modeling.evaluation import EVALUATOR_VERSION
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.localize import DEFAULT_DENSITY, LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
@@ -32,11 +29,6 @@ from restitch.tasks.recovery import Recovery
 from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.workspace import Workspace
 
-# Raised when the same measurements would lead to another choice.
-VERSION = 1
-
-# Validation rows: more would make each look slower and hardly change the choice.
-_MOST_ROWS = 2000
 _LOWEST = 0.001
 # The search stops when a delta is within this share of its budget.
 _TOLERANCE = 0.002
@@ -62,13 +54,18 @@ class Grafted:
 
 @dataclass(frozen=True)
 class Density:
-    """The density settings of a line, applied to one finetuned model."""
+    """The density settings of a line, applied to one finetuned model.
+
+    Attributes:
+        recorded: the coordinates that validation rows chose before, to write the same bytes again.
+    """
 
     choice: LocalizeSpec
     task: TaskSpec
     base: Base
     model: ModelRef
     space: Workspace
+    recorded: int | None = None
 
     def __post_init__(self) -> None:
         if self.choice.density == "auto" and not self.is_measured:
@@ -93,7 +90,6 @@ class Density:
             inputs |= {
                 "max_density": self.choice.max_density,
                 **self._recovery.inputs(),
-                "version": [VERSION, EVALUATOR_VERSION],
             }
         return inputs or None
 
@@ -117,6 +113,8 @@ class Density:
         def mask_of(kept: int) -> Mask:
             return top_k(scores, kept, scratch=scratch)
 
+        if self.recorded is not None:
+            return mask_of(self.recorded), {}
         highest = self.choice.max_density if self.is_measured else self._given
         assert highest is not None
         most = kept_count(highest, coordinates)

@@ -84,14 +84,21 @@ def mask_keys(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) 
     return tuple(_plan(base, line, task, model, space).key for base in bases)
 
 
-def _plan(base: Base, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> "_Plan":
+def _plan(
+    base: Base,
+    line: LineRef,
+    task: TaskSpec,
+    model: ModelRef,
+    space: Workspace,
+    recorded: int | None = None,
+) -> "_Plan":
     choice = line.spec.localize
     kept: _Masks | Subspace
     if choice.mode == SUBSPACE:
-        kept = Subspace(choice, task, base, model, space)
+        kept = Subspace(choice, task, base, model, space, recorded)
     else:
         chosen = localizer(line, task, base, model, space)
-        kept = _Masks(choice, chosen, Density(choice, task, base, model, space))
+        kept = _Masks(choice, chosen, Density(choice, task, base, model, space, recorded))
     # The key has the tensors that globs resolved to, not the globs.
     inputs = {
         "base": [base.ref.weights, base.ref.config],
@@ -173,10 +180,24 @@ class _Plan:
 
 
 def write_delta(
-    file: Path, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace
+    file: Path,
+    line: LineRef,
+    task: TaskSpec,
+    model: ModelRef,
+    space: Workspace,
+    recorded: int | None = None,
 ) -> WrittenDelta:
-    """Localize a finetuned model and write its delta; temporary files go to the same folder."""
-    plan = _plan(open_base(line, space), line, task, model, space)
+    """Localize a finetuned model and write its delta; temporary files go to the same folder.
+
+    Args:
+        file: the file to write.
+        line: the line.
+        task: the model's task.
+        model: the finetuned model.
+        space: the workspace.
+        recorded: how much validation rows chose to keep before. The rule may have changed since.
+    """
+    plan = _plan(open_base(line, space), line, task, model, space, recorded)
     return _write(file, line, model, space, plan)
 
 

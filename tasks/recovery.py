@@ -1,9 +1,9 @@
-"""Find the smallest delta that recovers a finetuned model on validation rows.
+"""Find the smallest delta that recovers a finetuned model, as far as validation rows support it.
 
-Neither test rows nor calibration rows are used. If even the largest delta misses the target, but by
-no more than its confidence interval, then its own value becomes the reference: otherwise few
-validation rows would give every model the largest allowed delta. The record keeps every delta that
-was tried.
+The target is a promise: it must not lie above the one-sided 95 % lower bound of what a delta
+recovers on the validation rows, which are compared row by row. If no delta reaches it, the largest
+is taken, and the record has the shortfall. Neither test rows nor calibration rows are used. The
+record keeps every delta that was tried.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,9 @@ from typing import Any
 
 from restitch.merging.files.edits import Edits
 from restitch.merging.numerics.bisection import smallest
-from restitch.modeling.evaluation import Evaluation
+from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.measurements import recovered_share
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs.checkpoints import Base
@@ -22,6 +23,9 @@ from restitch.tasks.localizers import split_digests
 from restitch.tasks.runtime.console import say, warn, working
 from restitch.tasks.runtime.refs import WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
+
+# Raised when the same measurements would lead to another choice.
+VERSION = 2
 
 # Validation rows: more would make each look slower and hardly change the choice.
 _MOST_ROWS = 2000
@@ -36,6 +40,7 @@ class Look:
         density: the share of the coordinates, or of each matrix's rank.
         recovered: the graft's value over that of the finetuned model.
         low: lower end of the 95 % interval of that ratio; `high` is the upper one.
+        bound: its one-sided 95 % lower bound; None if the rows support none.
     """
 
     kept: int
@@ -44,10 +49,11 @@ class Look:
     recovered: float
     low: float | None
     high: float | None
+    bound: float | None
 
-    def may_reach(self, target: float) -> bool:
-        """True if it misses the target by no more than its interval."""
-        return self.recovered < target and self.high is not None and self.high >= target
+    def supports(self, target: float) -> bool:
+        """True if the rows support that it recovers at least this share."""
+        return self.bound is not None and self.bound >= target
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Recovery:
             "validation": splits.get("validation", splits.get("train")),
             **reading_inputs(self.task, self.base, self.model),
             "metric": self.task.metric,
+            "version": [VERSION, EVALUATOR_VERSION],
         }
 
     def search(
@@ -82,7 +89,7 @@ class Recovery:
         what: str,
         of: str,
     ) -> dict[str, Any]:
-        """The smallest candidate that reaches the target, or else the largest.
+        """The smallest candidate that the rows support to reach the target, or else the largest.
 
         Args:
             candidates: in rising order.
@@ -110,39 +117,32 @@ class Recovery:
             return looks[kept]
 
         with working(f"choosing how much to keep of {self.task.task}"):
-            best = look(candidates[-1])
-            reference, metric = whole_model.value, whole_model.metric
-            if best.may_reach(self.target):
-                reference = best.value
-            kept = smallest(
-                candidates,
-                lambda count: metric.reaches(look(count).value, self.target, reference),
-            )
+            kept = smallest(candidates, lambda count: look(count).supports(self.target))
         chosen = look(candidates[-1] if kept is None else kept)
-        message = (
-            f"{what} of {self.task.task} recovers {chosen.recovered:.1%} of the finetuned "
-            f"model's {self.task.metric} with {chosen.density:.1%} {of}"
-        )
-        if kept is None:
-            warn(f"{message}, less than the requested {self.target:.1%}")
-        else:
-            say(message)
-        return {
+        found = {
             "target": self.target,
-            "reached": chosen.recovered >= self.target,
+            "reached": kept is not None,
             "kept": chosen.kept,
+            "recovered": chosen.recovered,
+            "bound": chosen.bound,
+            **({} if kept is not None else {"shortfall": self.target - (chosen.bound or 0.0)}),
             "finetuned": whole_model.value,
-            "reference": reference,
             "metric": self.task.metric,
             "rows": exam.count,
             "rows_set_apart_from_train": self.task.data.validation is None,
             "curve": [asdict(looks[kept]) for kept in sorted(looks)],
         }
+        message = f"{what} of {self.task.task} with {chosen.density:.1%} {of}"
+        (warn if kept is None else say)(f"{message}: {recovered_share(found)}")
+        return found
 
 
 def _look(kept: int, share: float, grafted: Evaluation, finetuned: Evaluation) -> Look:
     interval = finetuned.rows.ratio_interval(grafted.rows)
     low, high = (None, None) if interval is None else interval
     ratio = finetuned.metric.ratio(grafted.value, finetuned.value)
-    recovered = 1.0 if ratio is None else ratio
-    return Look(kept, share, grafted.value, recovered, low, high)
+    # Without a ratio nothing is left to recover.
+    recovered, bound = (
+        (1.0, 1.0) if ratio is None else (ratio, finetuned.rows.ratio_bound(grafted.rows))
+    )
+    return Look(kept, share, grafted.value, recovered, low, high, bound)

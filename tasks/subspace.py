@@ -25,7 +25,6 @@ from restitch.merging.localize.subspace import NAME, VERSION, cut, localize_subs
 from restitch.merging.numerics.bisection import geometric
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.modeling.evaluation import EVALUATOR_VERSION
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.localize import DEFAULT_RANK, LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
@@ -42,13 +41,18 @@ _LOWEST = 0.01
 
 @dataclass(frozen=True)
 class Subspace:
-    """The subspace that a line keeps of one finetuned model."""
+    """The subspace that a line keeps of one finetuned model.
+
+    Attributes:
+        recorded: the rank that validation rows chose before, to write the same bytes again.
+    """
 
     choice: LocalizeSpec
     task: TaskSpec
     base: Base
     model: ModelRef
     space: Workspace
+    recorded: int | None = None
 
     def __post_init__(self) -> None:
         if self.choice.rank == "auto" and not self.is_measured:
@@ -78,7 +82,7 @@ class Subspace:
         if self.choice.budget is not None:
             inputs["budget"] = self.choice.budget
         if self.is_measured:
-            inputs |= {**self._recovery.inputs(), "version": EVALUATOR_VERSION}
+            inputs |= self._recovery.inputs()
         return {"localizer": {"name": NAME, "version": VERSION}, "subspace": inputs}
 
     def write(
@@ -143,6 +147,8 @@ class Subspace:
     ) -> tuple[int, dict[str, Any]]:
         """The rank of the largest matrix to keep, within the budget, and how it was chosen."""
         facts: dict[str, Any] = {}
+        if self.recorded is not None:
+            return self.recorded, facts
         most = max(1, most)
         budget = self.choice.budget
         if budget is not None:

@@ -1,16 +1,19 @@
 """Check that a finetuned model can join its line, and account for every tensor in its files."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
 
 from restitch.merging.errors import BadInput, CannotJoin, counted, shortlist
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import Comparison
+from restitch.merging.files.coordinates import covering_globs
 from restitch.merging.ranking.task_vector import TaskVector, check_finite, outside_share
 from restitch.modeling.configs import unknown_keys, vocabulary_size
 from restitch.modeling.family_choice import check_finetuned
 from restitch.modeling.preprocessing import compare_preprocessing, unused_modules
+from restitch.modeling.tensor_location import place_of
 from restitch.registry.access_policy import AccessDenied
 from restitch.registry.ledger.line_state import ModelRef, TensorGroup
 from restitch.registry.specs.task import TaskSpec
@@ -97,10 +100,29 @@ def validate(
     return Validated(
         outside_share=outside.share,
         outside_tensors=outside.tensors[:_MOST_NAMES],
+        include=_addition(base, [name for name, _ in outside.tensors]),
         unused=_group(checkpoint, unused),
         from_base=_group(base.checkpoint, comparison.missing),
         notes=tuple(notes),
     )
+
+
+def _addition(base: Base, outside: Sequence[str]) -> tuple[str, ...]:
+    """Globs for `include` that add changed tensors to the localizable ones.
+
+    Without heads, tensors that the line excludes, and text towers, whose embeddings are the base's.
+    """
+    known, excluded = frozenset(base.names), base.selection.exclude
+    names = [name for name in base.checkpoint.floating if name not in base.heads]
+    changed = frozenset(outside)
+    added = [
+        name
+        for name in names
+        if name in changed
+        and not any(fnmatchcase(name, glob) for glob in excluded)
+        and place_of(name).tower != "text"
+    ]
+    return covering_globs(added, (n for n in names if n not in known and n not in added))
 
 
 def _config_differences(base: Base, model: ModelRef, folder: Path) -> list[str]:

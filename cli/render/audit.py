@@ -8,6 +8,7 @@ from restitch.cli.render.formats import (
     number,
     numbered,
     percent,
+    recovered,
     show_table,
     size,
     span,
@@ -128,6 +129,7 @@ def _members(result: Values, out: Console) -> None:
         rows.append([*row, *_read(member)])
     show_table(out, (*columns, *_READ), rows)
     for task, member in result.items():
+        recovered(member["facts"], out, f"{task}: ")
         for line in accounted(member["facts"]):
             write(out, f"  {task}: {line}")
 

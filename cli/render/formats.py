@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from restitch.merging.errors import counted
+from restitch.registry.ledger.measurements import recovered_share, shortfall
 
 Values = dict[str, Any]
 
@@ -94,6 +95,14 @@ def accounted(facts: Values) -> list[str]:
     if "from_base" in facts:
         lines.append(f"taken from the base: {_tensors(facts['from_base'])}, which it lacks")
     return [*lines, *(f"note: {note}" for note in facts.get("notes", ()))]
+
+
+def recovered(facts: Values, out: Console, task: str = "") -> None:
+    """How much of a finetuned model its delta recovers, if validation rows chose that."""
+    found = facts.get("recovery")
+    text = recovered_share(found)
+    if text is not None:
+        write(out, f"  {task}{text}", "yellow" if shortfall(found) else None)
 
 
 def _tensors(group: Values) -> str:

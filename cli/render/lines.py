@@ -110,6 +110,12 @@ def _line(line: Values, out: Console) -> None:
             write(out, f"  {name}: {check} accepted by {one['by']}: {one['reason']}")
         if model["unexpected"] is not None:
             write(out, f"  {name}: {model['unexpected']}", "yellow")
+        if model["needed_tensors"] is not None and not model["in_champion"]:
+            write(out, f"  {name}: {model['needed_tensors']}", "yellow")
+        for note in model["notes"]:
+            write(out, f"  {name}: {note}", "yellow")
+        if model["shortfall"] is not None:
+            write(out, f"  {name}: {model['shortfall']}", "yellow")
         if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
             reason = _shortened(f"{name}: {model['reason']}")
             write(out, f"  {reason}", "yellow")
@@ -147,6 +153,9 @@ def results(record: Values, out: Console) -> None:
         for task, result in record["results"].items()
     ]
     show_table(out, ("task", *values, "95 %", "normalized", "rows"), rows)
+    for task, result in record["results"].items():
+        for note in result["notes"]:
+            write(out, f"  {task}: {note}", "yellow")
     kept = record["retention"]
     if kept is not None:
         write(

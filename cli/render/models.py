@@ -1,9 +1,22 @@
 """The look of models: registered, evaluated, exported, followed."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 
-from restitch.cli.render.formats import Values, accounted, number, percent, show_table, size, write
+from restitch.cli.render.formats import (
+    Values,
+    accounted,
+    number,
+    percent,
+    recovered,
+    show_table,
+    size,
+    write,
+)
 from restitch.cli.render.lines import paused, remerged, results
+from restitch.flows.promotion.lost_skill import needed_tensors
+from restitch.registry.ledger.line_state import ModelFacts
 from restitch.registry.ledger.measurements import Gain, ResultRef, compared, unexpected
 
 _VERDICTS = {
@@ -17,9 +30,12 @@ def registered(result: Values, out: Console) -> None:
     """A registered model: its state, its mask, and the merge that took it in."""
     already = "already " if result["already"] else ""
     write(out, f"{result['task']}: {already}version {result['version']}, {result['state']}")
-    if result["reason"]:
+    held = {} if result["merged"] is None else result["merged"]["held"]
+    if result["reason"] and f"{result['task']} {result['version']}" not in held:
         write(out, result["reason"], "yellow")
-    _facts(result["facts"], out)
+    record = result["record"] or {"results": {}}
+    notes = record["results"].get(result["task"], {"notes": ()})["notes"]
+    _facts(result["facts"], notes, out)
     if result["merged"] is not None:
         remerged(result["merged"], out)
     elif result["paused"] is not None:
@@ -125,7 +141,8 @@ def _compared(each: Values) -> tuple[str, str, str, int]:
     return each["metric"], number(each["merged"]), number(each["adapter"]), each["count"]
 
 
-def _facts(facts: Values, out: Console) -> None:
+def _facts(facts: Values, notes: Sequence[str], out: Console) -> None:
+    """The facts of a model, without what the notes on its results say."""
     if "localizer" not in facts:
         return
     _gain(facts, out)
@@ -138,6 +155,10 @@ def _facts(facts: Values, out: Console) -> None:
         f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},{statistics}"
         f" {facts['outside_share']:.1%} of the change is outside of the localizable tensors",
     )
+    recovered(facts, out)
+    needed = needed_tensors(ModelFacts.model_validate(facts))
+    if needed is not None and not any(needed in note for note in notes):
+        write(out, f"  {needed}", "yellow")
     for line in accounted(facts):
         write(out, f"  {line}", "yellow")
     for check, one in facts.get("accepted", {}).items():

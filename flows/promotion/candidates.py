@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 
+from restitch.flows.promotion.lost_skill import why_little
 from restitch.flows.promotion.method_selection import FACT, select_method, summarize
 from restitch.flows.promotion.snapshot import Snapshot, is_merge_of, retention_task
 from restitch.flows.promotion.versions import members_of
@@ -156,6 +157,7 @@ def make_candidate(
     merged = WeightsRef("merged", patch.blob)
     with _timed(timings, "evaluate"):
         results = {m.task: measure_member(line, m, merged, again=again) for m in members}
+        results = _with_reasons(line, members, results)
         retention = measure_retention(line, snapshot.line_state, merged, again=again)
         drops = _drops(snapshot, line, members, results)
     joining = _joining(snapshot, members, recipe)
@@ -181,6 +183,19 @@ def make_candidate(
         timings,
         selection.outcome,
     )
+
+
+def _with_reasons(
+    line: LineRef, members: tuple[Member, ...], results: dict[str, TaskResult]
+) -> dict[str, TaskResult]:
+    """The results, with a note on each task of which the merged model has little."""
+    noted = {}
+    for member in members:
+        result = results[member.task]
+        why = why_little(line.spec, member, result, [t for t in results if t != member.task])
+        notes = result.notes if why is None else (*result.notes, why)
+        noted[member.task] = result.model_copy(update={"notes": notes})
+    return noted
 
 
 def _joining(snapshot: Snapshot, members: tuple[Member, ...], recipe: Recipe) -> frozenset[str]:

@@ -9,6 +9,7 @@ line was paused, they raise `PausedError`, and the run ends.
 from typing import Literal
 
 from restitch.flows.promotion.candidates import Candidate
+from restitch.flows.promotion.lost_skill import why_not_joined
 from restitch.flows.promotion.pauses import check_not_paused
 from restitch.flows.promotion.snapshot import CIRCUMSTANCES, Snapshot, find_rejection
 from restitch.registry.gates.gate import GateOutcome
@@ -144,11 +145,16 @@ def reject(
         notify(act)
 
 
-def hold(
-    ledger: Ledger, snapshot: Snapshot, member: Member, failed: tuple[GateOutcome, ...]
-) -> None:
-    """Keep a model out of merges until members, gates, method or data change."""
-    context, why = snapshot.context, _notes(failed)
+def hold(ledger: Ledger, snapshot: Snapshot, member: Member, candidate: Candidate) -> None:
+    """Keep a model out of merges until members, gates, method or data change.
+
+    Args:
+        ledger: of the line.
+        snapshot: of the line.
+        member: the model.
+        candidate: the merge with it, which gates block.
+    """
+    context, why = snapshot.context, "; ".join(why_held(snapshot, member, candidate))
 
     def change(line_state: LineState) -> LineState | None:
         model = line_state.tasks[member.task].versions[member.version]
@@ -164,6 +170,13 @@ def hold(
     if act is not None:
         warn(f"{ledger.line} holds {reason}")
         notify(act)
+
+
+def why_held(snapshot: Snapshot, member: Member, candidate: Candidate) -> list[str]:
+    """The gates that block a merge with a new member, and what is known of the cause."""
+    spec, failed = snapshot.line_state.spec, candidate.failed
+    cause = why_not_joined(spec, member, candidate.results, candidate.drops, failed)
+    return [*(str(gate.note) for gate in failed), *([] if cause is None else [cause])]
 
 
 def _notes(gates: tuple[GateOutcome, ...]) -> str:

@@ -162,10 +162,12 @@ class RecoverySources:
             for task, number in touched_models(entry):
                 spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
                 exact = (model.facts.localizer or "").startswith("dataless")
+                chosen = (model.facts.recovery or {}).get("kept")
+                kept = chosen if isinstance(chosen, int) else None
                 yield Recovery(
                     f"the finetuned model {task} {number} at {model.model.uri}"
                     f"{'' if exact else _NUMERIC}",
-                    _with(write_delta, _line(line_state), spec, model.model, self.space),
+                    _with(write_delta, _line(line_state), spec, model.model, self.space, kept),
                 )
             return
 

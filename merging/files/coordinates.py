@@ -69,3 +69,23 @@ def select_tensors(
             hint="check the family of the line, and localize: include and exclude",
         )
     return chosen
+
+
+def covering_globs(names: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
+    """Short globs that match all of `names` and none of `others`: shared prefixes, or whole names.
+
+    Args:
+        names: the tensors to match.
+        others: the tensors not to match.
+    """
+    avoided = tuple(others)
+    globs: list[str] = []
+    for name in sorted(set(names), key=by_bytes):
+        if any(fnmatchcase(name, glob) for glob in globs):
+            continue
+        parts = name.split(".")
+        prefixes = (".".join(parts[:end]) + "." for end in range(1, len(parts)))
+        free = (p for p in prefixes if not any(other.startswith(p) for other in avoided))
+        prefix = next(free, None)
+        globs.append(name if prefix is None else f"{prefix}*")
+    return tuple(globs)

@@ -107,6 +107,19 @@ class TensorGroup(Record):
     names: tuple[str, ...] = ()
 
 
+class Addition(Record):
+    """Tensors that a line could merge, too.
+
+    Attributes:
+        include: globs for `localize: include`.
+        value: the value of the base with all weights of a finetuned model in the tensors that the
+            line would then merge.
+    """
+
+    include: tuple[str, ...]
+    value: float
+
+
 class MemberFacts(Record):
     """The facts of localizing a member, which a merged version's record keeps.
 
@@ -166,6 +179,8 @@ class ModelFacts(MemberFacts):
             the line's settings have another.
         outside_tensors: the tensors outside of the localizable ones that changed, with their
             shares of the squared norm, largest first.
+        addition: globs that would add the tensors without which a skill is lost, and the value of
+            the base with all weights that the line could merge then.
         results: the evaluations of base, finetuned, localizable and grafted weights.
         gain: the comparison of base and finetuned weights; None if it was not measured.
         measured_on: the digest of the task's description with which it was measured; `onboard`
@@ -182,6 +197,7 @@ class ModelFacts(MemberFacts):
 
     choice: str | None = None
     outside_tensors: tuple[tuple[str, float], ...] = ()
+    addition: Addition | None = None
     results: dict[str, ResultRef] = Field(default_factory=dict)
     gain: Gain | None = None
     measured_on: Digest | None = None

@@ -1,7 +1,8 @@
 """Measurements of finetuned models, and the sentences that report them."""
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -88,3 +89,36 @@ def decisions(accepted: Mapping[str, Acceptance]) -> str:
     return "; ".join(
         f"{check} accepted by {one.by}: {one.reason}" for check, one in accepted.items()
     )
+
+
+def recovered_share(found: Mapping[str, Any] | None) -> str | None:
+    """How much of a finetuned model its delta recovers, in one sentence, with a shortfall.
+
+    Args:
+        found: the fact `recovery` of a model.
+
+    Returns:
+        None without a choice by validation rows, or if it was made before there were bounds.
+    """
+    if found is None or "bound" not in found:
+        return None
+    seen = " set apart from train" if found["rows_set_apart_from_train"] else ""
+    rows = f"{found['rows']} validation rows{seen}"
+    text = f"recovers {found['recovered']:.1%} of the finetuned model's {found['metric']} on {rows}"
+    if found["reached"]:
+        return f"{text}, and at least {_at_least(found['bound'])} with 95 % confidence"
+    bound = "no share" if found["bound"] is None else f"only {_at_least(found['bound'])}"
+    return (
+        f"{text}, which support {bound} with 95 % confidence:"
+        f" {100 * found['shortfall']:.1f} points less than the requested {found['target']:.1%}"
+    )
+
+
+def shortfall(found: Mapping[str, Any] | None) -> str | None:
+    """The same sentence, but only if the rows do not support the requested share."""
+    return recovered_share(found) if found is not None and "shortfall" in found else None
+
+
+def _at_least(share: float) -> str:
+    """A lower bound as a percentage, rounded down."""
+    return f"{math.floor(1000 * share) / 10:.1f}%"

@@ -16,7 +16,7 @@ DEFAULT_DENSITY = {
 }
 DEFAULT_RANK, DEFAULT_MAX_RANK = 0.0417, 0.25
 DEFAULT_EPOCHS = {"distilled": 3}
-DEFAULT_RECOVERY, DEFAULT_MAX_DENSITY = 0.99, 0.3
+DEFAULT_RECOVERY, DEFAULT_MAX_DENSITY = 0.95, 0.3
 
 # What determines the mask in each mode, in addition to its density.
 _USED: dict[str, set[str]] = {
@@ -59,7 +59,8 @@ class LocalizeSpec(Spec):
     density: Density = Field(
         default_factory=lambda earlier: DEFAULT_DENSITY[earlier.get("mode", "distilled")],
         description="The fraction of the localizable coordinates that a mask keeps, or `auto` "
-        "for the lowest that recovers the finetuned model on validation rows; the default is "
+        "for the lowest of which validation rows support that it recovers the finetuned model; "
+        "the default is "
         + ", ".join(f"{density} for {mode}" for mode, density in DEFAULT_DENSITY.items())
         + ", which touches every weight"
         + ".",
@@ -68,7 +69,7 @@ class LocalizeSpec(Spec):
     rank: Rank | None = Field(
         default=None,
         description="For `subspace`: the share of each matrix's rank to keep, or `auto` for the "
-        "lowest that recovers the finetuned model on validation rows; "
+        "lowest of which validation rows support that it recovers the finetuned model; "
         f"the default is {DEFAULT_RANK}.",
         examples=[DEFAULT_RANK, "auto"],
     )
@@ -91,19 +92,21 @@ class LocalizeSpec(Spec):
     recovery: Share | None = Field(
         default_factory=_if_auto(DEFAULT_RECOVERY, "density", "rank"),
         description="For `density: auto` and `rank: auto`: the share of the finetuned model's "
-        "metric to reach; "
+        "metric that the one-sided 95 % lower bound on validation rows must reach; "
         f"the default is {DEFAULT_RECOVERY}.",
         examples=[DEFAULT_RECOVERY],
     )
     max_density: Share | None = Field(
         default_factory=_if_auto(DEFAULT_MAX_DENSITY, "density"),
-        description="For `density: auto`: the density to use where `recovery` is not reached; "
+        description="For `density: auto`: the density to use, with a warning, where no "
+        "lower one reaches `recovery`; "
         f"the default is {DEFAULT_MAX_DENSITY}.",
         examples=[DEFAULT_MAX_DENSITY],
     )
     max_rank: Share | None = Field(
         default=None,
-        description="For `rank: auto`: the share to use where `recovery` is not reached; "
+        description="For `rank: auto`: the share to use, with a warning, where no lower one "
+        "reaches `recovery`; "
         f"the default is {DEFAULT_MAX_RANK}.",
         examples=[DEFAULT_MAX_RANK],
     )

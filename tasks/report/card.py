@@ -12,6 +12,7 @@ from restitch.merging.adapters.checkpoint import WEIGHTS
 from restitch.merging.digests import canonical_json
 from restitch.modeling.licence import Licence
 from restitch.registry.ledger.line_state import LineState, State, TensorGroup
+from restitch.registry.ledger.measurements import shortfall
 from restitch.registry.ledger.records import MergedRecord, TaskResult
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.record import Interval
@@ -321,6 +322,11 @@ def _accounting(record: MergedRecord) -> str:
         (task, "note", _plain(note))
         for task, member in record.members.items()
         for note in member.facts.notes
+    ]
+    rows += [
+        (task, "shortfall", _plain(text))
+        for task, member in record.members.items()
+        if (text := shortfall(member.facts.recovery)) is not None
     ]
     return _table(("task", "tensors and files", "details"), rows) if rows else ""
 

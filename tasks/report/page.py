@@ -14,6 +14,7 @@ from typing import Any
 
 from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.registry.gates.gate import GateOutcome
+from restitch.registry.ledger.measurements import shortfall
 from restitch.registry.specs.metric import METRICS
 from restitch.tasks.report.drawing import Plot, drawing, to_file, to_svg
 from restitch.tasks.report.mask_plots import (
@@ -171,6 +172,7 @@ def _template() -> Any:
         "as_json": _as_json,
         "outcome_of": lambda gate: GateOutcome.model_validate(gate).verdict,
         "lower_is_better": lambda metric: METRICS[metric].lower_is_better,
+        "shortfall_of": lambda facts: shortfall(facts.get("recovery")),
         "named": lambda names: [(name, "number") for name in names],
     }
     return environment.get_template("page.html.j2")

@@ -115,6 +115,7 @@ class Validated:
     Attributes:
         outside_share: share of the squared change that lies outside of the localizable tensors.
         outside_tensors: those tensors with their shares, largest first.
+        include: globs that would add them to the localizable tensors, as far as a line may.
         unused: the finetuned model's tensors that the base lacks.
         from_base: the base's tensors that the finetuned model lacks.
         notes: sentences about what was inferred, ignored or accepted.
@@ -122,6 +123,7 @@ class Validated:
 
     outside_share: float
     outside_tensors: tuple[tuple[str, float], ...] = ()
+    include: tuple[str, ...] = ()
     unused: TensorGroup | None = None
     from_base: TensorGroup | None = None
     notes: tuple[str, ...] = ()

@@ -199,7 +199,25 @@ def test_a_loss_outside_of_masks_is_warned_of_by_accuracy(
     results = done.json["facts"]["results"]
     value, whole = results["localizable"]["value"], results["finetuned"]
     assert not whole["low"] <= value <= whole["high"]
-    assert f"the accuracy is {value:.3f}, not {whole['value']:.3f}" in " ".join(done.err.split())
+    told = " ".join(done.err.split())
+    assert f"the accuracy is {value:.3f}, not {whole['value']:.3f}" in told
+    # The proposal is measured: all tensors that finetuning changed have the whole skill.
+    include = ["embeddings.word_embeddings.*"]
+    assert done.json["facts"]["addition"] == {"include": include, "value": whole["value"]}
+    assert 'with `localize: {include: ["embeddings.word_embeddings.*"]}` in the line file' in told
+    sentence = f"all weights that it can merge have {value:.3f}; with `localize"
+    again = shell("register", "demo", *files)
+    assert sentence in again.out, "workers may have measured it"
+    for command in (("show", "demo", "1"), ("status", "demo")):
+        assert f"that the line does not merge: {sentence}" in shell(*command).out
+    page = tmp_path / "report.html"
+    shell("report", "demo", "1", page)
+    assert "mostly because some of the skill lies in tensors" in page.read_text()
+    wider = {"density": 1.0, "include": include}
+    shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=wider))
+    record = shell.json("remerge", "demo")["record"]
+    assert record["results"]["colour"]["normalized"] == 1.0
+    assert record["results"]["colour"]["notes"] == []
 
 
 def test_another_choice_of_tensors_is_localized(world: World, shell: Shell, tmp_path: Path) -> None:

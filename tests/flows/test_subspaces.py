@@ -127,12 +127,13 @@ def test_a_budget_limits_the_bytes(world: World, shell: Shell, tmp_path: Path) -
 def test_rank_auto_keeps_the_lowest_rank_that_recovers_the_model(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
-    init(shell, world, tmp_path, rank="auto", recovery=0.8, max_rank=1.0)
+    init(shell, world, tmp_path, rank="auto", recovery=0.6, max_rank=1.0)
     file = with_splits(world, tmp_path / "task", SKILLS[0])
     done = shell("register", "demo", "--task", file, "--model", world.model(SKILLS[0]), "--json")
     found = done.json["facts"]["recovery"]
-    assert found["target"] == 0.8
+    assert found["target"] == 0.6
     assert found["reached"]
+    assert found["bound"] >= 0.6
     assert found["kept"] <= max(look["kept"] for look in found["curve"])
     delta = factors_of(shell, SKILLS[0])
     largest = max(min(delta.info(n).rows_and_columns) for n in delta.names if delta.info(n).rank)

@@ -196,3 +196,37 @@ class TestMetrics:
     def test_the_mean_is_over_shares_only(self):
         assert mean_share([("accuracy", 0.5), ("perplexity", 30.0), ("f1", 0.7)]) == 0.6
         assert mean_share([("perplexity", 30.0), ("accuracy", None)]) is None
+
+
+def test_the_bound_of_a_ratio_is_the_20th_part_of_its_draws_and_never_above_it():
+    # Errors 1 and 3 against 2 and 3: draws have the ratios 1/2, 4/5 and 1 in the shares 1:2:1.
+    one, other = (Errors.of(METRICS["squared_error"], np.array(e)) for e in ([1.0, 3.0], [2, 3.0]))
+    assert one.ratio_bound(other) == 0.5
+    assert one.ratio_bound(one) == 1.0
+    # A better model has ratios from 1 to 2: what one row alone shows is no bound above the value.
+    assert other.ratio_bound(one) == 1.0
+
+
+def test_nothing_left_to_reach_does_not_spoil_the_bound_of_a_ratio():
+    """Draws without an error in either model divide by zero; they are no sign of a loss."""
+    one, other = (Errors.of(METRICS["squared_error"], np.array(e)) for e in ([0, 4.0], [0, 5.0]))
+    assert one.ratio_interval(other) is None
+    assert one.ratio_bound(other) == pytest.approx(0.8)
+    perfect = Errors.of(METRICS["squared_error"], np.zeros(2))
+    assert perfect.ratio_bound(perfect) is None
+
+
+def test_a_share_without_a_right_row_has_no_bound():
+    right = Bits(METRICS["accuracy"], np.array([True, True]))
+    assert right.ratio_bound(Bits(METRICS["accuracy"], np.array([False, False]))) is None
+    assert 0 < right.ratio_bound(right) < 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(LOSSES)
+def test_the_bound_of_any_ratio_is_at_most_the_ratio(rows):
+    one, other, tokens = (np.array(side, dtype=float) for side in zip(*rows, strict=True))
+    first, second = (Losses.of(PERPLEXITY, side, tokens) for side in (one, other))
+    bound = first.ratio_bound(second)
+    assert bound is not None
+    assert 0 < bound <= first.value() / second.value()

@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restitch.modeling.significance import compare_right, right_ratio_interval
+from restitch.modeling.significance import (
+    compare_right,
+    right_ratio_bound,
+    right_ratio_interval,
+)
 
 
 def rows(text: str) -> np.ndarray:
@@ -79,6 +83,33 @@ def test_intervals_cover_the_truth_as_often_as_stated() -> None:
         of_ratio += low <= 0.7 / 0.8 <= high
     assert 0.92 <= inside / 400 <= 0.98
     assert 0.92 <= of_ratio / 400 <= 0.98
+
+
+def test_the_bound_of_a_ratio_by_hand() -> None:
+    # 8 and 7 of 10 rows are right, 6 of them in both; half a row is added to 8 and to 7.
+    found = right_ratio_bound(rows("1111111100"), rows("1111110010"))
+    error = math.sqrt(1 / 8.5 + 1 / 7.5 - 2 * 6 / (8.5 * 7.5))
+    assert found == pytest.approx(7 / 8 * math.exp(-1.6448536269514722 * error))
+
+
+def test_the_bound_of_a_ratio_is_above_the_truth_as_rarely_as_stated() -> None:
+    draw = np.random.default_rng(0)
+    above = 0
+    for _ in range(400):
+        shared = draw.random(200)
+        one = shared < 0.8
+        other = np.where(draw.random(200) < 0.3, draw.random(200), shared) < 0.7
+        above += (right_ratio_bound(one, other) or 0.0) > 0.7 / 0.8
+    assert 0.02 <= above / 400 <= 0.08
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_the_bound_lies_between_the_interval_and_the_ratio(pairs: list[tuple[bool, bool]]) -> None:
+    one, other = (np.array(side) for side in zip(*pairs, strict=True))
+    interval, bound = right_ratio_interval(one, other), right_ratio_bound(one, other)
+    assert (interval is None) == (bound is None)
+    if interval is not None and bound is not None:
+        assert interval[0] < bound < other.sum() / one.sum()
 
 
 def test_a_ratio_without_right_rows_has_no_interval() -> None:

@@ -21,6 +21,7 @@ from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from tests.conftest import NewHome, Three
 from tests.flows.storage.test_gc import exported
+from tests.flows.test_localizing import add_with_splits
 from tests.shell import ROOT, Shell
 from tests.worlds import World, copied
 
@@ -201,6 +202,36 @@ def test_a_delta_is_lost_if_its_model_is_gone_or_gives_other_bytes(
     assert "it is lost" in one["outcome"]
     assert file.read_bytes() == broken
     (tmp_path / "moved").rename(model)
+    shell("verify", "--repair")
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "localize",
+    [
+        {"mode": "dataless", "density": "auto", "recovery": 0.7, "max_density": 1.0},
+        {"mode": "subspace", "rank": "auto", "recovery": 0.7, "max_rank": 1.0},
+    ],
+)
+@pytest.mark.usefixtures("without_mlflow")
+def test_a_delta_that_validation_rows_chose_is_restored_at_its_recorded_size(
+    world: World,
+    new_home: NewHome,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    localize: dict[str, Any],
+) -> None:
+    """The rule that chose it may be another one now."""
+    shell = new_home("home")
+    method = "task-arithmetic" if localize["mode"] == "subspace" else "localize-and-stitch"
+    line = {"retention": None, "localize": localize, "method": method}
+    shell("init", world.line(tmp_path / "line.yaml", **line))
+    add_with_splits(shell, world, tmp_path, "colour")
+    assert shell.state().tasks["colour"].versions[1].facts.recovery is not None
+    file = shell.home / "store" / "blobs" / str(shell.state().tasks["colour"].versions[1].delta)
+    whole = file.read_bytes()
+    flip(file)
+    monkeypatch.setattr("restitch.tasks.recovery.Look.supports", lambda *_: False)
     shell("verify", "--repair")
     assert file.read_bytes() == whole
 

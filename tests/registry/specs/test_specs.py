@@ -398,11 +398,11 @@ def test_a_density_that_is_chosen_brings_its_defaults():
     spec = line("localize: {mode: dataless, density: auto, budget: 20MB}")
     stored = spec.to_json()["localize"]
     assert stored["density"] == "auto"
-    assert (stored["recovery"], stored["max_density"], stored["budget"]) == (0.99, 0.3, 20_000_000)
+    assert (stored["recovery"], stored["max_density"], stored["budget"]) == (0.95, 0.3, 20_000_000)
     assert LineSpec.from_json(spec.to_json()) == spec
     assert spec.localize.settings == {
         "density": "auto",
-        "recovery": 0.99,
+        "recovery": 0.95,
         "max_density": 0.3,
         "budget": 20_000_000,
     }
@@ -416,7 +416,7 @@ def test_a_subspace_has_defaults_of_its_own():
     assert line("localize: {mode: subspace, rank: auto}").localize.chooses_by_rows
     assert spec.settings == {"rank": 0.0417, "values": "int8"}
     auto = line("localize: {mode: subspace, rank: auto, values: bf16}").localize
-    assert (auto.rank, auto.values, auto.recovery, auto.max_rank) == ("auto", "bf16", 0.99, 0.25)
+    assert (auto.rank, auto.values, auto.recovery, auto.max_rank) == ("auto", "bf16", 0.95, 0.25)
     exact = line("localize: {mode: subspace, values: exact}")
     assert exact.localize.settings == {"rank": 0.0417, "values": "exact"}
     for one in (exact, line("localize: {mode: subspace, rank: auto, budget: 1MB}")):
