@@ -1,5 +1,6 @@
 """Commands of a researcher; all but `experts` leave the line as it is."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -66,10 +67,24 @@ def analyze(
         ),
     ] = None,
     densities: Annotated[str | None, typer.Option(help="Fractions such as 0.01,0.1,1.")] = None,
+    pairs: Annotated[
+        bool,
+        typer.Option("--pairs", help="Which members fit together: signals, and what pairs lose."),
+    ] = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what the line's masks hold, share and reach as they grow."""
+    """Measure what the line's masks hold, share and reach as they grow.
+
+    With `--pairs`, measure every two members instead: signals of conflict, what merging the two
+    loses, and how well each signal predicts that.
+    """
+    if pairs:
+        _refuse_with_pairs({"--pair": pair, "--localizers": localizers, "--densities": densities})
+        from restitch.flows.research.pairs import analyze_pairs
+
+        show_result(analyze_pairs(line, _names(task), out), as_json, render.paired)
+        return
     fractions = [_fraction(one) for one in _names(densities)]
     from restitch.flows.research.analyze import analyze as run
 
@@ -93,6 +108,16 @@ study.__doc__ = (
     "Repeat a study of the papers with the members of a line: a table, plots, a run in MLflow."
     + "".join(f"\n\n{name}: {about}" for name, about in STUDIES.items())
 )
+
+
+def _refuse_with_pairs(options: Mapping[str, str | None]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise BadInput(
+            f"--pairs cannot be used with {', '.join(given)}",
+            expected="--pairs with --task, --out or --json",
+            hint="run the command twice to measure both",
+        )
 
 
 def _names(value: str | None) -> list[str]:

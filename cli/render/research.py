@@ -70,6 +70,39 @@ def analyzed(result: Values, out: Console) -> None:
     _masks(result["masks"], out)
 
 
+def paired(result: Values, out: Console) -> None:
+    """The signals of each pair with its loss, and how each signal predicts it."""
+    members = numbered(result["members"])
+    write(
+        out, f"{result['line']} {result['version']}, pairs merged by {result['method']}: {members}"
+    )
+    signals = list(result["correlations"])
+    heads = [signal.replace("_", " ") for signal in signals]
+    rows = [
+        (
+            " + ".join(pair["tasks"]),
+            *(number(pair[s]) for s in signals),
+            number(pair["loss"], "+.3f"),
+        )
+        for pair in sorted(result["pairs"], key=lambda pair: -pair["loss"])
+    ]
+    show_table(out, ("task", *heads, "loss"), rows)
+    write(
+        out,
+        "  loss: mean of what both tasks lose against their deltas alone, of the finetuned value",
+    )
+    for signal, head in zip(signals, heads, strict=True):
+        found = result["correlations"][signal]
+        if found["rho"] is None:
+            write(out, f"  {head}: no rank correlation from {found['pairs']} pairs")
+        else:
+            write(
+                out,
+                f"  {head}: rank correlation with the loss {found['rho']:+.2f}"
+                f" (p = {found['p_value']:.2g}, {found['pairs']} pairs)",
+            )
+
+
 def studied(result: Values, out: Console) -> None:
     """The table of a study, and its notes."""
     members = numbered(result["members"])

@@ -13,7 +13,8 @@ from typing import Any
 from restitch.flows.audit import queries
 from restitch.flows.audit.diff import differences_of
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import open_version
+from restitch.flows.promotion.snapshot import line_with_one_method
+from restitch.flows.promotion.versions import members_of, open_version
 from restitch.merging.errors import RestitchError
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
@@ -22,6 +23,7 @@ from restitch.registry.store.disk import explained
 from restitch.tasks.publish import mirror as complete_mlflow
 from restitch.tasks.report import Report, ReportInput, render
 from restitch.tasks.research.mask_analysis import analyze
+from restitch.tasks.research.pairs import evaluated_members, known_pairs
 from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import workspace
@@ -69,6 +71,7 @@ class Reports:
                 changes=self._changes(record),
                 acts=[act for act in self.acts if record.version in act["versions"]],
                 analysis=self.analysis(record),
+                pairs=self.pairs(record),
             )
         )
 
@@ -101,6 +104,15 @@ class Reports:
             warn(f"the masks of version {record.version} are not compared: {error.message()}")
             return None
         return masks
+
+    def pairs(self, record: MergedRecord) -> dict[str, Any] | None:
+        """What pairs of members lose, if `restitch analyze --pairs` has measured it."""
+        line = line_with_one_method(self.state, record)
+        members = evaluated_members(record, members_of(self.state, record))
+        try:
+            return known_pairs(line, members)
+        except RestitchError:  # the same as for the masks, which says it
+            return None
 
 
 def mirror(line: str, *, again: bool = False) -> bool:

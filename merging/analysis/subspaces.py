@@ -99,21 +99,35 @@ def _add(
         for i, member in enumerate(members)
         if name in member
     }
-    bases = {i: _bases(vector) for i, vector in vectors.items() if isinstance(vector, Factors)}
+    bases = {
+        i: orthonormal_bases(vector) for i, vector in vectors.items() if isinstance(vector, Factors)
+    }
     for i, one in vectors.items():
         for j, other in vectors.items():
             if j < i:
                 continue
             dots[i, j] += _dot(one, other)
             if i in bases and j in bases:
-                met = [(a.mT @ b).square().sum() for a, b in zip(bases[i], bases[j], strict=True)]
-                shared[i, j] += float(sum(met)) / 2
-                least[i, j] += min(bases[i][0].shape[1], bases[j][0].shape[1])
+                met, of = squared_cosines(bases[i], bases[j])
+                shared[i, j] += met
+                least[i, j] += of
             for sums in (dots, shared, least):
                 sums[j, i] = sums[i, j]
 
 
-def _bases(factors: Factors) -> tuple[Tensor, Tensor]:
+Bases = tuple[Tensor, Tensor]
+
+
+def squared_cosines(one: Bases, other: Bases) -> tuple[float, int]:
+    """The sum of the squared cosines of the principal angles, and the number of angles.
+
+    The sum is the mean over both sides; the arguments are those of `orthonormal_bases`.
+    """
+    met = [(a.mT @ b).square().sum() for a, b in zip(one, other, strict=True)]
+    return float(sum(met)) / 2, min(one[0].shape[1], other[0].shape[1])
+
+
+def orthonormal_bases(factors: Factors) -> Bases:
     """Orthonormal bases of the column space and of the row space."""
     left, right = factors.left.double(), factors.right.double().mT
     return torch.linalg.qr(left)[0], torch.linalg.qr(right)[0]

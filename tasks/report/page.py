@@ -30,6 +30,7 @@ from restitch.tasks.report.mask_plots import (
     similarity,
 )
 from restitch.tasks.report.numbers import Numbers
+from restitch.tasks.report.pair_plots import WORDS, pairs_plot
 from restitch.tasks.report.plots import results_plot, retention_plot, tradeoff_plot
 
 # The page lists only the newest versions of a line.
@@ -50,6 +51,7 @@ class ReportInput:
             previous champion; None without one.
         acts: the acts of `restitch history LINE --json` that are about this version.
         analysis: as the step `analyze` returns it; None if it was not made.
+        pairs: as the step `measure_pairs` returns it; None if it was not made.
     """
 
     version: dict[str, Any]
@@ -57,6 +59,7 @@ class ReportInput:
     changes: dict[str, Any] | None
     acts: Sequence[dict[str, Any]]
     analysis: dict[str, Any] | None
+    pairs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def render(content: ReportInput) -> Report:
         "changes": content.changes,
         "acts": list(content.acts),
         "analysis": content.analysis,
+        "pairs": content.pairs,
     }
     html = _template().render(
         n=Numbers(values),
@@ -92,6 +96,8 @@ def render(content: ReportInput) -> Report:
         of_subspaces=_keeps_subspaces(content.version["members"]),
         kept="masks" if content.analysis is None else kept(content.analysis),
         pairs=_closest_pairs(content.analysis),
+        merged_pairs=content.pairs,
+        signal_words=WORDS,
         plots={plot.name: plot for plot in plots},
         drawn=drawn,
         recipe=_as_json(content.version["recipe"], indent=2),
@@ -106,6 +112,9 @@ def _plots(content: ReportInput) -> list[Plot]:
         ("retention", lambda: retention_plot(version, versions)),
         ("tradeoff", lambda: tradeoff_plot(version, versions)),
     ]
+    if content.pairs is not None:
+        pairs = content.pairs
+        makers.append(("pairs", lambda: pairs_plot(pairs)))
     if analysis is not None:
         makers.append(("cosine", lambda: cosine_plot(analysis)))
     if analysis is not None and not _all_is_kept(analysis):

@@ -12,6 +12,7 @@ from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.localizers import Localizer, Ranking
 from tests.cli.test_end_to_end import plain
+from tests.conftest import NewHome
 from tests.flows.research.runs import study_runs
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
@@ -227,3 +228,79 @@ def test_a_line_without_members_has_nothing_to_analyze(
 ) -> None:
     shell("init", world.line(tmp_path / "empty.yaml", line="empty"))
     assert "no members to analyze" in shell("analyze", "empty", code=3).err
+
+
+def test_pairs_have_signals_their_loss_and_correlations(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = shell.head_bytes()
+    page = tmp_path / "report.html"
+    shell("report", "demo", "champion", page)
+    assert 'id="pairs"' not in page.read_text(), "nobody has measured pairs"
+    found = shell.json("analyze", "demo", "--pairs", "--out", tmp_path / "out")
+    assert shell.head_bytes() == before, "the line stays as it is"
+    assert [pair["tasks"] for pair in found["pairs"]] == [
+        ["animal", "colour"],
+        ["animal", "number"],
+        ["colour", "number"],
+    ]
+    for pair in found["pairs"]:
+        assert 0 < pair["shared"] < 1
+        assert 0 < pair["sign_conflict"] < 1
+        assert -1 <= pair["cosine"] <= 1
+        assert 0 <= pair["subspace_overlap"] <= 1
+        sides = pair["by_task"].values()
+        assert pair["loss"] == pytest.approx(sum(side["loss"] for side in sides) / 2)
+        for side in sides:  # the finetuned models have all rows right
+            assert side["loss"] == pytest.approx(side["alone"] - side["merged"])
+    # Only these two have train rows with labels.
+    aligned = [p["tasks"] for p in found["pairs"] if p["gradient_alignment"] is not None]
+    assert aligned == [["colour", "number"]]
+    assert found["correlations"]["cosine"]["pairs"] == 3
+    assert found["correlations"]["gradient_alignment"] == {"rho": None, "p_value": None, "pairs": 1}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        *("pairs.json", "pairs.csv", "pairs.png"),
+    }
+    shell("report", "demo", "champion", page)
+    assert "Pairs of members, with their signals and their loss" in page.read_text()
+    assert 'id="pairs-title"' in page.read_text()
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("all of it is stored")
+
+    monkeypatch.setattr(Exam, "take", never)
+    monkeypatch.setattr("restitch.tasks.research.pairs.pair_signals", never)
+    text = shell("analyze", "demo", "--pairs", "--task", "animal,colour,number").out
+    assert "colour + number" in text
+    assert "cosine: rank correlation with the loss" in text
+    assert "gradient alignment: no rank correlation from 1 pairs" in text
+
+
+def test_the_loss_of_a_pair_is_that_of_a_line_with_two_members(
+    shell: Shell, world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    other = new_home("two")
+    other("init", world.line(tmp_path / "line.yaml", retention=None))
+    for task in TASKS:
+        file = with_splits(world, tmp_path / task, task)
+        other("register", "demo", "--task", file, "--model", world.model(task), "--no-remerge")
+    results = other.json("remerge", "demo")["record"]["results"]
+    found = shell.json("analyze", "demo", "--pairs", "--task", "colour,number")
+    (pair,) = found["pairs"]
+    for task in TASKS:
+        assert pair["by_task"][task]["merged"] == results[task]["merged"]
+        assert pair["by_task"][task]["alone"] == results[task]["grafted"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--pair", "colour,number"), "--pairs cannot be used with --pair"),
+        (("--task", "colour"), "fewer than two members to pair"),
+        (("--task", "colour,colours"), "did you mean 'colour'"),
+    ],
+)
+def test_pairs_that_cannot_be_measured_are_refused(
+    shell: Shell, given: tuple[str, ...], told: str
+) -> None:
+    assert told in shell("analyze", "demo", "--pairs", *given, code=3).err
