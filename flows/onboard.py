@@ -16,7 +16,7 @@ squared change lies outside of the localizable tensors, `onboard` warns and name
 a part of the skill, it proposes a choice of tensors for the line, and measures it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,7 +251,7 @@ def _measure(
 ) -> ModelFacts:
     """Collect the facts that the line stores, with accuracies if the task has data."""
     measured = _results(line, spec, model, delta.blob)
-    addition = _addition(line, spec, model, checked, measured["results"])
+    addition = _addition(line, spec, model, checked.include, measured["results"])
     _warn_of_outside(spec.task, checked, measured["results"], addition)
     if statistics:
         seconds = sum(each.recorded_seconds or 0.0 for each in statistics.values())
@@ -300,14 +300,22 @@ def _addition(
     line: LineRef,
     spec: TaskSpec,
     model: ModelVersion,
-    checked: Validated,
+    include: Sequence[str],
     results: Mapping[str, ResultRef],
 ) -> Addition | None:
-    """The tensors that the line should merge, too; None if they hold no part of the skill."""
-    if not results or not checked.include or not _lacks_skill(results):
+    """The tensors that the line should merge, too; None if they hold no part of the skill.
+
+    Args:
+        line: the line.
+        spec: the model's task.
+        model: the finetuned model.
+        include: globs that add all tensors that finetuning changed.
+        results: the evaluations of the model.
+    """
+    if not results or not include or not _lacks_skill(results):
         return None
     choice = line.spec.localize
-    wider = choice.model_copy(update={"include": (*choice.include, *checked.include)})
+    wider = choice.model_copy(update={"include": tuple(dict.fromkeys((*choice.include, *include)))})
     of_wider = LineRef(line.spec.model_copy(update={"localize": wider}), line.base)
     weights = WeightsRef("localizable", model.model.weights, model.model.uri)
     found = evaluate(of_wider, spec, weights, model.model)
@@ -397,6 +405,9 @@ def _measure_again(
 ) -> None:
     """Compare a model with the base on its task as it is described now."""
     measured = _results(line, spec, model, str(model.delta))
+    known = model.facts.addition
+    include = () if known is None else known.include
+    measured["addition"] = _addition(line, spec, model, include, measured["results"])
 
     def measure(line_state: LineState) -> Judgement | None:
         if not _has_outdated_results(line_state, key):

@@ -36,7 +36,7 @@ ROOMS = {
     "merging.statistics": {"files", "ranking", "localize", "rules"},
     "merging.experts": {"numerics", "files", "ranking", "rules"},
     "merging.methods": {"numerics", "files", "ranking", "rules", "statistics", "experts"},
-    "merging.analysis": {"numerics", "files", "ranking", "rules"},
+    "merging.analysis": {"numerics", "files", "ranking", "rules", "localize"},
     "modeling": {"data", "families"},
     "modeling.data": set(),
     "modeling.families": {"data"},

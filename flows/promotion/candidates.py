@@ -157,7 +157,7 @@ def make_candidate(
     merged = WeightsRef("merged", patch.blob)
     with _timed(timings, "evaluate"):
         results = {m.task: measure_member(line, m, merged, again=again) for m in members}
-        results = _with_reasons(line, members, results)
+        results = with_reasons(line, members, results)
         retention = measure_retention(line, snapshot.line_state, merged, again=again)
         drops = _drops(snapshot, line, members, results)
     joining = _joining(snapshot, members, recipe)
@@ -185,7 +185,7 @@ def make_candidate(
     )
 
 
-def _with_reasons(
+def with_reasons(
     line: LineRef, members: tuple[Member, ...], results: dict[str, TaskResult]
 ) -> dict[str, TaskResult]:
     """The results, with a note on each task of which the merged model has little."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from restitch.registry.gates.gate import Drop, GateOutcome
 from restitch.registry.gates.max_task_drop import MaxTaskDrop
+from restitch.registry.gates.min_normalized import MinNormalized
 from restitch.registry.ledger.line_state import Addition, Member, ModelFacts
 from restitch.registry.ledger.records import TaskResult
 from restitch.registry.specs.line import LineSpec
@@ -51,17 +52,20 @@ def why_little(
         f"the merged model has {result.metric} {result.merged:.3f}, the finetuned model"
         f" {result.finetuned:.3f}, mostly because"
     )
-    alone = f"its {_kept(spec.localize)} alone, on the base, has {result.grafted:.3f}"
     step = costs.index(max(costs))
     if step == 0:
         return f"{start} {_tensors(localizable, facts.addition, result.metric)}"
     if step == 1:
         return (
-            f"{start} its {_kept(spec.localize)} leaves out too much: {alone}, and all weights of"
-            f" the tensors that the line merges have {localizable:.3f}; {_more(spec.localize)}"
+            f"{start} its {_kept(spec.localize)} leaves out too much: alone, on the base, it has"
+            f" {result.grafted:.3f}, and all weights of the tensors that the line merges have"
+            f" {localizable:.3f}; {_more(spec.localize)}"
         )
     joined = f" with {', '.join(others)}" if others else ""
-    return f"{start} merging it{joined} costs the rest: {alone}; {_remedies(spec.line)}"
+    return (
+        f"{start} of merging it{joined}: its {_kept(spec.localize)} alone, on the base, has"
+        f" {result.grafted:.3f}; {_remedies(spec.line)}"
+    )
 
 
 def why_not_joined(
@@ -88,16 +92,17 @@ def why_not_joined(
     own = results[member.task]
     others = [task for task in results if task != member.task]
     if not hurt or own.merged is None or own.grafted is None:
-        return None if own.normalized is None else why_little(spec, member, own, others)
+        missed = any(g.gate == MinNormalized.name and g.task == member.task for g in failed)
+        return why_little(spec, member, own, others) if missed else None
     falls = ", ".join(
         f"{task} goes from {_before(results[task], drops[task]):.3f} to {results[task].merged:.3f}"
         for task in hurt
     )
+    whole = "" if own.finetuned is None else f", its finetuned model {own.finetuned:.3f}"
     return (
         f"it does not fit with {', '.join(hurt)}, because their changes conflict: merged, {falls},"
-        f" and {member.task} has {own.merged:.3f}, its"
-        f" {_kept(spec.localize)} alone {own.grafted:.3f}, its finetuned model"
-        f" {own.finetuned or 0.0:.3f}; {_remedies(spec.line)}"
+        f" and {member.task} has {own.merged:.3f}, its {_kept(spec.localize)} alone"
+        f" {own.grafted:.3f}{whole}; {_remedies(spec.line)}"
     )
 
 

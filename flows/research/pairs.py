@@ -75,7 +75,7 @@ def analyze_pairs(line: str, tasks: Sequence[str] = (), out: str | None = None) 
         members={m.task: m.version for m in members},
         method=one_method.spec.method.name,
         pairs=found["pairs"],
-        correlations=found["correlations"],
+        correlations={signal: found["correlations"][signal] for signal in SIGNALS},
     )
     with drawing("pairs"):
         plot = pairs_plot(found)

@@ -32,6 +32,7 @@ VERSION = 1
 
 # Of each matrix's rank, for changes that are not kept as factors.
 _SHARE = 0.0417
+_DIGITS = 6
 # All orders of as many values are tried; more values are ordered at random.
 _MOST_EXACT, _ORDERS = 7, 9999
 
@@ -119,13 +120,17 @@ class _Sums:
 
     def signals(self) -> PairSignals:
         """The quotients."""
-        lengths = (self.first * self.second) ** 0.5
         return PairSignals(
-            shared=self.both / self.either if self.either else None,
-            sign_conflict=self.opposite / self.both if self.both else None,
-            cosine=self.dot / lengths if lengths else None,
-            subspace_overlap=self.met / self.angles if self.angles else None,
+            shared=_quotient(self.both, self.either),
+            sign_conflict=_quotient(self.opposite, self.both),
+            cosine=_quotient(self.dot, (self.first * self.second) ** 0.5),
+            subspace_overlap=_quotient(self.met, self.angles),
         )
+
+
+def _quotient(above: float, below: float) -> float | None:
+    """Rounded, so that pairs that differ by less have the same rank."""
+    return round(above / below, _DIGITS) if below else None
 
 
 def rank_correlation(

@@ -36,6 +36,8 @@ def pairs_plot(found: Mapping[str, Any]) -> Plot | None:
         axes.plot(x, y, "o", color=COLOURS["blue"], markersize=4)
         axes.axhline(0.0, linewidth=0.8, color=COLOURS["grey"])
         axes.grid(visible=True)
+        axes.locator_params(axis="x", nbins=4)
+        axes.ticklabel_format(axis="x", useOffset=False)
         axes.set_xlabel(f"{WORDS[signal]}\n{_rho(found, signal)}")
     for axes in cells[len(drawn) :]:
         axes.set_visible(False)

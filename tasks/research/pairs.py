@@ -39,7 +39,7 @@ VERSION = 1
 
 SIGNALS = ("shared", "sign_conflict", "cosine", "subspace_overlap", "gradient_alignment")
 
-_BATCH, _MOST_ROWS = 16, 256
+_BATCH, _MOST_ROWS = 16, 64
 
 
 def evaluated_members(record: MergedRecord, members: Sequence[Member]) -> tuple[Member, ...]:

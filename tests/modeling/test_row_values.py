@@ -219,7 +219,7 @@ def test_nothing_left_to_reach_does_not_spoil_the_bound_of_a_ratio():
 def test_a_share_without_a_right_row_has_no_bound():
     right = Bits(METRICS["accuracy"], np.array([True, True]))
     assert right.ratio_bound(Bits(METRICS["accuracy"], np.array([False, False]))) is None
-    assert 0 < right.ratio_bound(right) < 1
+    assert 0 < (right.ratio_bound(right) or 0.0) < 1
 
 
 @settings(max_examples=20, deadline=None)

@@ -53,7 +53,9 @@ def test_tensors_that_the_line_does_not_merge_are_named_with_the_measured_propos
 def test_a_mask_that_leaves_out_too_much_is_named_with_the_key_to_raise() -> None:
     found = why_little(SPEC, member(0.75), result(0.4, 0.35), ["b"])
     assert found is not None
-    assert "its mask leaves out too much: its mask alone, on the base, has 0.400" in found
+    assert (
+        "its mask leaves out too much: alone, on the base, it has 0.400, and all weights" in found
+    )
     assert found.endswith("raise `density` under `localize` (now 0.05), or use `mode: distilled`")
     subspaces = builders.line_spec(localize={"mode": "subspace"})
     other = why_little(subspaces, member(0.75), result(0.4, 0.35), ["b"])
@@ -63,12 +65,12 @@ def test_a_mask_that_leaves_out_too_much_is_named_with_the_key_to_raise() -> Non
 
 
 @pytest.mark.parametrize(
-    ("others", "with_whom"), [(["b", "c"], "merging it with b, c costs"), ([], "merging it costs")]
+    ("others", "with_whom"), [(["b", "c"], "of merging it with b, c"), ([], "of merging it")]
 )
 def test_other_members_are_named_if_merging_costs_most(others: list[str], with_whom: str) -> None:
     found = why_little(SPEC, member(None), result(0.75, 0.3), others)
     assert found is not None
-    assert f"{with_whom} the rest: its mask alone, on the base, has 0.750" in found
+    assert f"mostly because {with_whom}: its mask alone, on the base, has 0.750" in found
     assert "`restitch compare line --tune`" in found
     assert "`restitch experts line`" in found
 
@@ -119,3 +121,5 @@ def test_a_member_with_too_little_skill_of_its_own_is_explained_by_its_steps() -
     found = why_not_joined(SPEC, member(0.4), {"a": result(0.3, 0.25)}, {}, [gate])
     assert found is not None
     assert "tensors that the line does not merge" in found
+    other = MinNormalized().outcome(0.9, 0.3, "b", task="b")
+    assert why_not_joined(SPEC, member(0.4), {"a": result(0.3, 0.25)}, {}, [other]) is None

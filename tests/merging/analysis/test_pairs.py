@@ -40,8 +40,8 @@ def test_signals_of_masks_by_hand(tmp_path: Path) -> None:
     # Three common coordinates of five; two of them change in opposite directions.
     assert found == PairSignals(
         shared=3 / 5,
-        sign_conflict=2 / 3,
-        cosine=pytest.approx((2 - 3 - 2) / math.sqrt(7 * (1 + 9 + 4 + 16))),
+        sign_conflict=pytest.approx(2 / 3, abs=1e-6),
+        cosine=pytest.approx((2 - 3 - 2) / math.sqrt(7 * (1 + 9 + 4 + 16)), abs=1e-6),
         subspace_overlap=None,
     )
 
