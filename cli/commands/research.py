@@ -84,7 +84,6 @@ def analyze(
         from restitch.flows.research.pairs import analyze_pairs
 
         show_result(analyze_pairs(line, _names(task), out), as_json, render.paired)
-        return
     fractions = [_fraction(one) for one in _names(densities)]
     from restitch.flows.research.analyze import analyze as run
 

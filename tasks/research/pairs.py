@@ -56,7 +56,10 @@ def evaluated_members(record: MergedRecord, members: Sequence[Member]) -> tuple[
 def known_pairs(line: LineRef, members: Sequence[Member]) -> dict[str, Any] | None:
     """The stored measurements of these members; None if they were not made."""
     space = workspace()
-    return space.stored("analysis", _key(line, members, open_base(line, space)))
+    known: dict[str, Any] | None = space.stored(
+        "analysis", _key(line, members, open_base(line, space))
+    )
+    return known
 
 
 def _key(line: LineRef, members: Sequence[Member], base: Base) -> str:
@@ -103,7 +106,7 @@ def measure_pairs(
     known = space.stored("analysis", key)
     if known is not None:
         return Cached(known)
-    deltas = {
+    deltas: dict[str, Delta] = {
         m.task: open_delta(space.objects.blob_path(str(m.model.delta)), base.checkpoint)
         for m in members
     }
