@@ -167,6 +167,14 @@ def test_the_page_has_all_measured_values(full: Case) -> None:
             assert field in shown, field
 
 
+def test_the_table_of_versions_has_every_value_of_each(full: Case) -> None:
+    shown = {field for field, _ in full.page.numbers}
+    for place, version in enumerate(full.found.versions):
+        for name in ("mean_accuracy", "mean_normalized", "retention", "general"):
+            if version[name] is not None:
+                assert f"versions.{place}.{name}" in shown
+
+
 def test_numbers_have_one_format(full: Case) -> None:
     written = re.findall(r'data-value="([^"]+)">([^<]+)</span>', full.html)
     assert len(written) > 500
