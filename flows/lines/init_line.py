@@ -48,10 +48,8 @@ from restitch.tasks.statistics import check_rows_for
 # Methods for a line file that names none; see docs/results/llm.md and subspaces.md.
 _SPARSE = "localize-and-stitch"
 _FOR_LANGUAGE = ("tsv-m", "task-arithmetic")
-_FOR_TEXTS = (
-    "method: {name: dc-merge, settings: {calibrate: true}}",
-    "localize: {mode: subspace, rank: 0.167}",
-)
+_FOR_TEXTS = "tsv-m"
+_SUBSPACE = "localize: {mode: subspace}"
 
 
 @dataclass(frozen=True)
@@ -198,20 +196,17 @@ def _load(file: Path | Mapping[str, Any], space: Workspace) -> LineSpec:
 
 
 def _proposed_method(family: str) -> str:
-    """The line to add for the method, by what was best on a line of this family."""
+    """The lines to add for the method, by what was best on a line of this family."""
     sparse, chosen = f"`method: {_SPARSE}`", get_family(family)
     if chosen.modality == "image":
         return f"add this line to the file: {sparse}"
-    if not chosen.reads_prompts:
-        return (
-            f"add these lines to the file: {' and '.join(f'`{line}`' for line in _FOR_TEXTS)},"
-            " which reached the most on a line of text encoders without tuning; or the one line"
-            f" {sparse}, whose weights are the same bytes on every machine"
-        )
+    method = f"method: {_FOR_TEXTS}"
+    if chosen.reads_prompts:
+        method = f"method: {{tournament: [{', '.join(_FOR_LANGUAGE)}]}}"
     return (
-        f"add this line to the file: `method: {{tournament: [{', '.join(_FOR_LANGUAGE)}]}}`, in the"
-        f" order of what they reached on a line of language models; or {sparse}, which stores a"
-        " fraction of it and reached less"
+        f"add these lines to the file: `{method}` and `{_SUBSPACE}`, which reached the most on a"
+        f" line of such models, in few bytes; or the one line {sparse}, which reached less, and"
+        " whose weights are the same bytes on every machine"
     )
 
 

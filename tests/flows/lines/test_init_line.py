@@ -193,14 +193,13 @@ def test_a_finetuned_model_of_another_kind_is_quarantined_by_what_it_is(
 @pytest.mark.parametrize(
     ("make", "family", "proposed"),
     [
-        (
-            tiny_bert,
-            "text-encoder",
-            "method: {name: dc-merge, settings: {calibrate: true}}\n"
-            "localize: {mode: subspace, rank: 0.167}",
-        ),
+        (tiny_bert, "text-encoder", "method: tsv-m\nlocalize: {mode: subspace}"),
         (tiny_clip, "clip", "method: localize-and-stitch"),
-        (tiny_gpt2, "causal-lm", "method: {tournament: [tsv-m, task-arithmetic]}"),
+        (
+            tiny_gpt2,
+            "causal-lm",
+            "method: {tournament: [tsv-m, task-arithmetic]}\nlocalize: {mode: subspace}",
+        ),
     ],
 )
 def test_init_proposes_the_method_of_a_file_without_one(tmp_path, shell, make, family, proposed):
