@@ -173,6 +173,9 @@ def test_the_table_of_versions_has_every_value_of_each(full: Case) -> None:
         for name in ("mean_accuracy", "mean_normalized", "retention", "general"):
             if version[name] is not None:
                 assert f"versions.{place}.{name}" in shown
+    heads = [text for tag, text in full.page.texts if tag == "th"]
+    assert "general ability" in heads
+    assert not [head for head in heads if head.startswith("top-")]
 
 
 def test_numbers_have_one_format(full: Case) -> None:
