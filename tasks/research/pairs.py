@@ -68,12 +68,7 @@ def _key(line: LineRef, members: Sequence[Member], base: Base) -> str:
         {
             "pairs": [VERSION, SIGNALS_VERSION],
             "merges": [recipe_inputs(line, pair) for pair in combinations(members, 2)],
-            "tasks": [
-                result_inputs(
-                    m.spec, base, WeightsRef("grafted", str(m.model.delta)), m.model.model
-                )
-                for m in members
-            ],
+            "tasks": [_alone(m, base) for m in members],
             "train": [m.spec.data.content if m.spec.data else None for m in members],
         }
     )
