@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--family", default="text-encoder", choices=("text-encoder", "clip"))
     parser.add_argument("--ranks", default="1/6,1/12,1/24,1/48", help="shares of the rank")
     parser.add_argument("--masks", default="dataless", help="modes of masks of equal bytes")
+    parser.add_argument("--include", default="", help="globs of more localizable tensors")
     parser.add_argument("--no-tuning", action="store_true")
     parser.add_argument("--work", type=Path, help="keep checkpoints and home here")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
@@ -101,15 +102,18 @@ def run(options: argparse.Namespace, work: Path) -> None:
 
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
     """Whole task vectors, every subspace, and masks of the bytes of the largest one."""
-    yield Setting("whole task vectors", {"mode": "dataless", "density": 1.0}, METHOD)
+    include = [glob for glob in options.include.split(",") if glob]
+    whole = {"mode": "dataless", "density": 1.0, "include": include}
+    yield Setting("whole task vectors", whole, METHOD)
     for text in options.ranks.split(","):
         for values in VALUES:
-            choice = {"mode": "subspace", "rank": float(Fraction(text)), "values": values}
+            rank = {"rank": float(Fraction(text)), "values": values}
+            choice = {"mode": "subspace", **rank, "include": include}
             name = f"rank {text} {values}".replace("/", "-")
             yield Setting(name, choice, METHOD)
     for mode in filter(None, options.masks.split(",")):
         for density in (0.05, 0.2):
-            choice = {"mode": mode, "density": density}
+            choice = {"mode": mode, "density": density, "include": include}
             yield Setting(f"{mode} mask {density:.0%}", choice, "localize-and-stitch")
 
 

@@ -6,7 +6,6 @@ stands for a choice that a row does not have. `row_values` has the intervals.
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +18,13 @@ from torch import nn
 from restitch.merging.errors import BadInput
 from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress
+from restitch.modeling.data.exact_match import is_match
 from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head
 from restitch.modeling.row_values import Bits, Classes, Errors, Losses, RowValues, rows_from_json
 from restitch.registry.specs.metric import METRICS, Metric
+from restitch.registry.specs.task import GenerateSpec
 
 EVALUATOR_VERSION = 2
 BATCH_SIZE = 64
@@ -108,15 +109,13 @@ def evaluate(
 
     if targets is None:
         losses = scored(lambda batch: family.text_losses(model, batch, head).double().cpu().numpy())
-        return Evaluation.of(Losses.of(of, losses[:, 0], losses[:, 1]))
+        return Evaluation.of(Losses.of(of, losses[:, 0], units_of(rows, head, losses[:, 1])))
     if metric == "exact_match":
         answers = [str(rows[place].choices[0]) for place in range(len(rows))]
         found = scored(lambda batch: np.array(family.generate(model, batch, head), dtype=object))
-        extract = None if head.spec.generate is None else head.spec.generate.extract
+        spec = head.spec.generate or GenerateSpec()
         pairs = zip(found.tolist(), answers, strict=True)
-        right = np.array(
-            [is_match(text, answer, extract) for text, answer in pairs], dtype=np.bool_
-        )
+        right = np.array([is_match(text, answer, spec) for text, answer in pairs], dtype=np.bool_)
         return Evaluation.of(Bits(of, right))
     scores = scored(lambda batch: family.logits(model, batch, head).float().cpu().numpy())
     if metric == "squared_error":
@@ -124,29 +123,9 @@ def evaluate(
     return summarize(scores, targets, metric)
 
 
-def is_match(text: str, answer: str, extract: str | None = None) -> bool:
-    """True if a generated text is the answer, apart from white space around them.
-
-    Args:
-        text: the generated text.
-        answer: the right one.
-        extract: a regular expression for the part of both that is compared: its first group, or
-            else all of it, where it first matches. A text without a match is wrong; an answer
-            without one is compared as it is.
-    """
-    part = None if extract is None else _extracted(extract, text)
-    if extract is not None and part is None:
-        return False
-    right = None if extract is None else _extracted(extract, answer)
-    one, other = text if part is None else part, answer if right is None else right
-    return one.strip() == other.strip()
-
-
-def _extracted(pattern: str, text: str) -> str | None:
-    found = re.search(pattern, text)
-    if found is None:
-        return None
-    return (found[1] or "") if found.re.groups else found[0]
+def units_of(rows: Rows, head: Head, tokens: NDArray[Any]) -> NDArray[Any]:
+    """How many units each text has, by which its loss is divided: tokens, words or bytes."""
+    return tokens if head.spec.per is None else rows.text_lengths(head.spec.per)
 
 
 def by_row(

@@ -75,7 +75,7 @@ class LanguageModel(Family):
                 "generate: max_new_tokens leaves no room for a prompt",
                 expected=f"less than the {spec.max_length} tokens that the model reads",
                 found=spec.generate.max_new_tokens,
-                hint="lower max_new_tokens in the task's file",
+                hint="lower max_new_tokens in the task's file (max_gen_toks in lm-eval's)",
             )
         return spec
 

@@ -18,7 +18,7 @@ from restitch.merging.errors import BadInput, unknown_name
 from restitch.modeling.data.rows import Prompt, Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.device import device
-from restitch.modeling.evaluation import by_row
+from restitch.modeling.evaluation import by_row, units_of
 from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.heads import Head
 from restitch.registry.specs.prompt import MASK, prompt_columns
@@ -91,12 +91,12 @@ class MergedModel:
         if head.spec.generate is not None:
             return self._generated(rows, self._longer(head, max_new_tokens))
         if head.spec.of_text:
+            texts = self._rows(rows, head, known)
             losses = self._by_row(
-                self._rows(rows, head, known),
-                head,
-                lambda batch: self.family.text_losses(self.model, batch, head).double(),
+                texts, head, lambda batch: self.family.text_losses(self.model, batch, head).double()
             )
-            return [{"perplexity": float(np.exp(a / max(b, 1)))} for a, b in losses]
+            each = zip(losses[:, 0], units_of(texts, head, losses[:, 1]), strict=True)
+            return [{"perplexity": float(np.exp(a / max(b, 1)))} for a, b in each]
         return self._scored(self._rows(rows, head, known), head)
 
     def _without_task(self, rows: Sequence[Row], most: int | None) -> list[dict[str, Any]]:

@@ -1,14 +1,15 @@
 """Read tasks of lm-eval: their own task objects make the texts, and restitch keeps them as rows.
 
-A task is a name that lm-eval knows, or a YAML file in its format. Only tasks with
-`output_type: multiple_choice` whose choices follow the text can be read. A file from somebody else
-must not run anything here: functions in Python are refused, and templates are rendered in a
-sandbox. The hub is never asked; data sets in its cache are read.
+A task is a name that lm-eval knows, or a YAML file in its format. It chooses between endings of a
+text (`multiple_choice`), generates an answer that `exact_match` compares (`generate_until`), or
+scores whole texts (`loglikelihood_rolling`). A file from somebody else must not run anything here:
+functions in Python are refused, and templates are rendered in a sandbox. The hub is never asked;
+data sets in its cache are read.
 """
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,12 +20,28 @@ from typing import Any
 import yaml
 
 from restitch.merging.errors import BadInput, RestitchError, shortlist
-from restitch.registry.specs.task import Score
+from restitch.modeling.data.exact_match import right_text, without_ignored
+from restitch.registry.specs.strict_yaml import checked
+from restitch.registry.specs.task import GenerateSpec, Score, TextUnit
 
 EXTRA = "restitch[lm-eval]"
 VERSION = "0.4.13"
 # The metrics of lm-eval that compare choices, and how; the first one that a task has counts.
 SCORES: dict[str, Score] = {"acc": "sum", "acc_norm": "per_character"}
+# Its metrics of whole texts, and their units. Bits per byte are the logarithm of the byte's value.
+UNITS: dict[str, TextUnit] = {
+    "word_perplexity": "word",
+    "byte_perplexity": "byte",
+    "bits_per_byte": "byte",
+}
+MATCH = "exact_match"
+
+# Filters that leave the one text of a row as it is, or change white space around it.
+_NO_CHANGE = ("take_first", "remove_whitespace")
+# What a generating task may ask for: other keys would make its texts other than greedy.
+_GENERATION = {"until", "max_gen_toks", "do_sample", "temperature"}
+_MATCHING = {"regexes_to_ignore", "ignore_case", "ignore_punctuation"}
+_NEW_TOKENS = 256  # of lm-eval's model where the task does not say it
 
 _FUNCTION = "!function"
 _SUFFIXES = (".yaml", ".yml")
@@ -40,15 +57,20 @@ class LmEvalTask:
     Attributes:
         name: its name in lm-eval.
         version: its own version.
+        splits: rows by train, validation and test, with the columns `prompt`, `choices` and
+            `label`, or `prompt` and `answer`, or `text`; the test rows are those that lm-eval
+            reports on.
         score: how choices are compared: by their sums, unless its only metric is `acc_norm`.
-        splits: rows with `prompt`, `choices` and `label`, by train, validation and test; the test
-            rows are those that lm-eval reports on.
+        generate: how answers are generated and compared; None for other tasks.
+        per: the unit of the perplexity of whole texts; None for other tasks.
     """
 
     name: str
     version: str
-    score: Score
     splits: Mapping[str, list[Row]]
+    score: Score = "sum"
+    generate: GenerateSpec | None = None
+    per: TextUnit | None = None
 
 
 def read_lm_eval(source: str, subject: str, check_path: Callable[[Path, str], None]) -> LmEvalTask:
@@ -192,56 +214,121 @@ def _located(value: Any, folder: Path, check: Callable[[Path], None]) -> Any:
 
 
 def _check_type(output_type: object, name: str, subject: str) -> None:
-    if output_type == "multiple_choice":
-        return
-    hints = {
-        "generate_until": "describe the task with prompt, answer and metric: exact_match",
-        "loglikelihood_rolling": "describe the texts with metric: perplexity and data: input",
-    }
-    raise BadInput(
-        f"{subject} {name!r} has an output type that restitch does not read",
-        expected="output_type: multiple_choice",
-        found=output_type,
-        hint=hints.get(str(output_type), "describe the task with prompt and choices"),
-    )
+    if output_type not in _READERS:
+        raise BadInput(
+            f"{subject} {name!r} has an output type that restitch does not read",
+            expected="output_type: " + " or ".join(_READERS),
+            found=output_type,
+            hint="describe the task with prompt and choices",
+        )
 
 
 def _read(task: Any, source: str, subject: str) -> LmEvalTask:
     """The rows of a loaded task."""
     name = str(task.config.task)
+    where = f"{subject} {name!r}"
     _check_type(task.OUTPUT_TYPE, name, subject)
-    metrics = [metric for metric in SCORES if metric in task.aggregation()]
-    if not metrics or task.multiple_input or callable(task.config.process_results):
-        found = f"metrics {', '.join(task.aggregation())}"
-        if task.multiple_input:
-            found = "several texts with one ending"
-        elif callable(task.config.process_results):
-            found = "results that a function of the task computes"
+    if callable(task.config.process_results):
         raise BadInput(
-            f"{subject} {name!r} does not choose between endings of one text",
-            expected=f"one text, several choices, and the metric {' or '.join(SCORES)}",
-            found=found,
+            f"{where} is measured by a function of its own",
+            expected="results that its metric computes",
+            found="process_results",
+            hint="describe the task in restitch's own keys",
         )
     task.set_fewshot_seed(_FEWSHOT_SEED)
-    splits = {"test": _rows(task, "test", task.eval_docs, subject)}
+    return _READERS[task.OUTPUT_TYPE](task, name, where)
+
+
+def _choosing(task: Any, name: str, where: str) -> LmEvalTask:
+    """A task that chooses between endings of a text."""
+    metric = _metric(task, SCORES, where)
+    if task.multiple_input:
+        raise BadInput(
+            f"{where} does not choose between endings of one text",
+            expected="one text and several choices",
+            found="several texts with one ending",
+        )
+    return LmEvalTask(name, str(task.VERSION), _splits(task, where, _choices), SCORES[metric])
+
+
+def _generating(task: Any, name: str, where: str) -> LmEvalTask:
+    """A task whose answers are generated and compared."""
+    _metric(task, (MATCH,), where)
+    if task.config.repeats != 1:
+        raise BadInput(
+            f"{where} generates several answers",
+            expected="repeats: 1; restitch takes the likeliest token each time",
+            found=f"repeats: {task.config.repeats}",
+        )
+    spec = _generate_spec(task, where)
+
+    def row(task: Any, doc: Mapping[str, Any], place: str) -> Row:
+        context = _context(task, doc)
+        if not context or context[-1].isspace():
+            raise BadInput(
+                f"{place}: the text before the answer ends with white space",
+                expected="a text that ends with a character to read; the model writes the space",
+                found=repr(context[-20:]),
+                hint="leave out the white space at the end of doc_to_text",
+            )
+        return {"prompt": context, "answer": _answer(task, doc, spec, place)}
+
+    splits = _splits(task, where, row)
+    return LmEvalTask(name, str(task.VERSION), splits, generate=spec)
+
+
+def _scoring(task: Any, name: str, where: str) -> LmEvalTask:
+    """A task that scores whole texts."""
+    metric = _metric(task, UNITS, where)
+
+    def row(task: Any, doc: Mapping[str, Any], _: str) -> Row:
+        return {"text": str(task.doc_to_target(doc))}
+
+    return LmEvalTask(name, str(task.VERSION), _splits(task, where, row), per=UNITS[metric])
+
+
+_READERS: dict[str, Callable[[Any, str, str], LmEvalTask]] = {
+    "multiple_choice": _choosing,
+    "generate_until": _generating,
+    "loglikelihood_rolling": _scoring,
+}
+
+
+def _metric(task: Any, known: Collection[str], where: str) -> str:
+    """The first metric of a task that restitch has."""
+    found: str | None = next((name for name in known if name in task.aggregation()), None)
+    if found is None:
+        raise BadInput(
+            f"{where} has no metric that restitch has",
+            expected=f"the metric {' or '.join(known)}",
+            found=f"metrics {', '.join(task.aggregation())}",
+        )
+    return found
+
+
+def _splits(
+    task: Any, where: str, row: Callable[[Any, Mapping[str, Any], str], Row]
+) -> dict[str, list[Row]]:
+    def rows(split: str, docs: Any) -> list[Row]:
+        return [row(task, d, f"{where}, {split} row {number}") for number, d in enumerate(docs)]
+
+    splits = {"test": rows("test", task.eval_docs)}
     if task.has_test_docs() and task.has_validation_docs():
-        splits["validation"] = _rows(task, "validation", task.validation_docs(), subject)
+        splits["validation"] = rows("validation", task.validation_docs())
     if task.has_training_docs():
-        splits["train"] = _rows(task, "train", task.training_docs(), subject)
-    return LmEvalTask(name, str(task.VERSION), SCORES[metrics[0]], splits)
+        splits["train"] = rows("train", task.training_docs())
+    return splits
 
 
-def _rows(task: Any, split: str, docs: Any, subject: str) -> list[Row]:
-    return [
-        _row(task, doc, f"{subject} {task.config.task!r}, {split} row {number}")
-        for number, doc in enumerate(docs)
-    ]
-
-
-def _row(task: Any, doc: Mapping[str, Any], where: str) -> Row:
-    """One document as a question, with the texts of lm-eval's requests."""
+def _context(task: Any, doc: Mapping[str, Any]) -> str:
+    """The text before the answer, with description and examples."""
     shots, prefix = task.config.num_fewshot or 0, task.doc_to_prefix(doc)
-    context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=prefix)
+    return str(task.fewshot_context(doc, num_fewshot=shots, gen_prefix=prefix))
+
+
+def _choices(task: Any, doc: Mapping[str, Any], where: str) -> Row:
+    """One document as a question, with the texts of lm-eval's requests."""
+    context = _context(task, doc)
     choices, gold = task.doc_to_choice(doc), task.doc_to_target(doc)
     if isinstance(gold, str) and gold in choices:
         gold = choices.index(gold)
@@ -260,6 +347,77 @@ def _row(task: Any, doc: Mapping[str, Any], where: str) -> Row:
             hint="put the space into target_delimiter and not into the choices",
         )
     return {"prompt": prompt, "choices": [str(choice) for choice in choices], "label": gold}
+
+
+def _generate_spec(task: Any, where: str) -> GenerateSpec:
+    """How a task generates and compares its answers."""
+    asked = dict(task.config.generation_kwargs or {})
+    stop = asked.get("until") or ()
+    values: dict[str, Any] = {
+        "max_new_tokens": asked.get("max_gen_toks", _NEW_TOKENS),
+        "stop": [stop] if isinstance(stop, str) else list(stop),
+        **_extraction(task.config.filter_list or [], where),
+    }
+    (matching,) = (m for m in _metrics(task) if m.get("metric") == MATCH)
+    options = set(matching) - {"metric", "aggregation", "higher_is_better", "hf_evaluate"}
+    others = sorted({key for key in options - _MATCHING if matching[key]})
+    others += sorted(set(asked) - _GENERATION)
+    if asked.get("do_sample") or asked.get("temperature"):
+        others.append("do_sample")
+    if others:
+        raise BadInput(
+            f"{where} generates or compares in a way that restitch does not have",
+            expected="greedy texts, and of options " + ", ".join(sorted(_MATCHING)),
+            found=shortlist(others),
+        )
+    values["ignore"] = matching.get("regexes_to_ignore")
+    values |= {key: matching.get(key) for key in ("ignore_case", "ignore_punctuation")}
+    return checked(GenerateSpec, values, where)
+
+
+def _metrics(task: Any) -> list[dict[str, Any]]:
+    return list(task.config.metric_list or [{"metric": MATCH}])
+
+
+def _extraction(filters: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:
+    """What the first list of filters takes of a generated text."""
+    steps = [dict(step) for step in filters[0]["filter"]] if filters else []
+    names = [step["function"] for step in steps if step["function"] not in _NO_CHANGE]
+    patterns = [step for step in steps if step["function"] == "regex"]
+    last = patterns[0].get("group_select", 0) if patterns else 0
+    missing = any("regex_pattern" not in step for step in patterns)
+    if len(names) > 1 or names != ["regex"] * len(patterns) or missing or last not in (0, -1):
+        raise BadInput(
+            f"{where} filters generated texts in a way that restitch does not have",
+            expected="no filter, or one regex that takes the first or the last match",
+            found=shortlist([str(step) for step in steps]),
+        )
+    if not patterns:
+        return {}
+    return {"extract": patterns[0].get("regex_pattern"), "extract_last": last == -1}
+
+
+def _answer(task: Any, doc: Mapping[str, Any], spec: GenerateSpec, where: str) -> str:
+    """The right answer of a document."""
+    gold = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None:
+        gold = task.doc_to_choice(doc)[gold]
+    if isinstance(gold, list | tuple):
+        raise BadInput(
+            f"{where} has several right answers",
+            expected="one text, or a number",
+            found=repr(gold)[:200],
+        )
+    # lm-eval extracts from generated texts alone.
+    right = without_ignored(str(gold), spec)
+    for answer in (str(gold), right):
+        if answer.strip() and right_text(answer, spec) == right:
+            return answer
+    raise BadInput(
+        f"{where}: the right answer cannot be compared",
+        expected="an answer of which the filter's regex takes all or nothing",
+        found=f"{gold!r}, of which it takes {right_text(str(gold), spec)!r}"[:300],
+    )
 
 
 def _explained(source: str, subject: str, error: Exception) -> BadInput:

@@ -5,6 +5,7 @@ their table. Labels are checked against the classes before any input is read; no
 and every error names its file and row.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,9 @@ from restitch.modeling.data.numbers import numbers
 from restitch.modeling.data.tables import ListTable, Table
 from restitch.modeling.data.texts import text_of
 from restitch.registry.specs.prompt import fill_in, parts_at_mask
-from restitch.registry.specs.task import Modality
+from restitch.registry.specs.task import Modality, TextUnit
+
+_SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,14 @@ class Rows:
             [sum(len(str(v)) for v in self.table.row(row, self.inputs)) for row in rows],
             dtype=np.int64,
         )
+
+    def text_lengths(self, unit: TextUnit) -> NDArray[np.int64]:
+        """The number of words or bytes of each row's one text, as lm-eval counts them."""
+        texts = (self[place].inputs[0] for place in range(len(self)))
+        counts = (
+            len(_SPACE.split(text)) if unit == "word" else len(text.encode()) for text in texts
+        )
+        return np.fromiter(counts, dtype=np.int64, count=len(self))
 
     def in_memory(self) -> "Rows":
         """The same rows in memory, read in the table's order: for few rows that are read often."""

@@ -134,14 +134,14 @@ def _line(
     if isinstance(retention, str):
         file = named_path(retention, folder, f"{origin}: retention")
         if is_there(file) and not file.is_dir():
-            values["retention"] = load_task(file).to_json()
+            values["retention"] = _keys_of(load_task(file))
         elif not NAME.match(retention):
             raise BadInput(
                 f"{origin}: retention {retention!r} is neither a file nor the name of a task",
                 expected=f"a task file, relative to {folder}, or the name of a task of the line",
             )
     elif isinstance(retention, dict):
-        values["retention"] = _task(retention, f"{origin}: retention", folder).to_json()
+        values["retention"] = _keys_of(_task(retention, f"{origin}: retention", folder))
     for key in ("localize", "space", "gates", "actors", "notify", "mlflow"):
         if values.get(key, ...) is None:  # `gates:` without a value
             del values[key]
@@ -181,6 +181,11 @@ def _needs_whole(method: Any) -> bool:
         return all(_needs_whole(one) for one in method["tournament"])
     name = method.get("name") if isinstance(method, dict) else method
     return isinstance(name, str) and name in method_names() and get_method(name).whole
+
+
+def _keys_of(task: TaskSpec) -> dict[str, Any]:
+    """The keys that a file gave: a task of lm-eval has its own values for the others."""
+    return task.model_dump(mode="json", exclude_unset=True)
 
 
 def parse_task(text: str, origin: str, folder: Path) -> TaskSpec:

@@ -12,8 +12,10 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     Tag,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -54,6 +56,7 @@ Name = Annotated[
 
 
 Score = Literal["sum", "per_token", "per_character"]
+TextUnit = Literal["word", "byte"]
 Modality = Literal["text", "image"]
 
 
@@ -156,6 +159,10 @@ Scale = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 MaxLength = Count
 
 
+# Left out of what is stored, and so of digests, where they are not used.
+_GENERATE_KEYS = ("extract_last", "ignore", "ignore_case", "ignore_punctuation")
+
+
 class GenerateSpec(Spec):
     """How an answer is generated and compared; always greedily."""
 
@@ -167,22 +174,55 @@ class GenerateSpec(Spec):
     """Texts that end an answer; they do not belong to it. The model's own end of text ends it,
     too."""
     extract: Text | None = Field(default=None, examples=["#### (-?[0-9.,]+)"])
-    """A regular expression for the part that is compared: its first group, or else all of it, where
-    it first matches. A generated text without a match is wrong."""
+    """A regular expression for the part that is compared: its first group with text, or else all of
+    it, where it first matches. A generated text without a match is wrong."""
+    extract_last: bool | None = None
+    """Extract where `extract` matches last, in place of first."""
+    ignore: Annotated[tuple[Text, ...] | None, InFile(Text | list[Text] | None)] = Field(
+        default=None, examples=[[",", "\\$"]]
+    )
+    """Regular expressions; what they match, in a generated text or in an answer, does not count."""
+    ignore_case: bool | None = None
+    """Upper and lower case are the same."""
+    ignore_punctuation: bool | None = None
+    """Punctuation marks of ASCII do not count."""
 
     @field_validator("stop", mode="before")
     @classmethod
     def _one_text(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else tuple(value or ())
 
-    @field_validator("extract")
+    @field_validator("ignore", mode="before")
     @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value or ()) or None
+
+    @field_validator("extract", "ignore")
+    @classmethod
+    def _compiles(cls, value: Any) -> Any:
         try:
-            re.compile(value or "")
+            for pattern in (value,) if isinstance(value, str) else value or ():
+                re.compile(pattern)
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
         return value
+
+    @field_validator("extract_last", "ignore_case", "ignore_punctuation")
+    @classmethod
+    def _only_if_it_is_used(cls, value: bool | None) -> bool | None:
+        return value or None
+
+    @model_validator(mode="after")
+    def _something_to_extract(self) -> Self:
+        if self.extract_last and self.extract is None:
+            raise ValueError("'extract_last' needs 'extract', a regular expression")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _used_keys(self, all_keys: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out optional keys that are not used: files from before they existed stay valid."""
+        values: dict[str, Any] = all_keys(self)
+        return {k: v for k, v in values.items() if v is not None or k not in _GENERATE_KEYS}
 
 
 class ClassesSpec(Spec):
@@ -246,6 +286,7 @@ class HeadSpec(ClassesSpec):
     answer: Text | None = None
     generate: GenerateSpec | None = None
     of_text: bool | None = None
+    per: TextUnit | None = None
     of_number: bool | None = None
     apart: bool | None = None
 
@@ -269,7 +310,7 @@ _ANSWERS = ("choices", "choices_column", "answer")
 # Left out of the digests of tasks and heads that do not use them.
 PROMPT_KEYS = (
     *("prompt", "chat", *_ANSWERS, "score", "generate"),
-    *("of_text", "of_number", "apart", "lm_eval"),
+    *("of_text", "per", "of_number", "apart", "lm_eval"),
 )
 
 
@@ -304,12 +345,15 @@ class TaskSpec(Spec):
     generate: GenerateSpec | None = None
     """How an answer is generated and compared; only with `answer`."""
     lm_eval: Text | None = Field(default=None, examples=["arc_easy", "tasks/arc.yaml"])
-    """A task of lm-eval in place of `data`, `prompt` and `choices`: its name, or a file in its
-    format; needs `restitch[lm-eval]`. Registration reads its rows once and keeps them. By default
-    choices are compared as its metric `acc` or `acc_norm` does."""
+    """A task of lm-eval in place of `data`, `prompt` and what answers it: its name, or a file in
+    its format; needs `restitch[lm-eval]`. Registration reads its rows once and keeps them. By
+    default choices are compared as its metric `acc` or `acc_norm` does."""
     score: Score = "sum"
     """How answers are compared: by the `sum` of the log-probabilities of their tokens, or by the
     sum `per_token` or `per_character` of the answer."""
+    per: TextUnit | None = Field(default=None, examples=["word"])
+    """The unit of a perplexity: a `word`, which ends at white space, or a `byte` of UTF-8; by
+    default a token, with which models of other tokenizers cannot be compared."""
     scale: Scale | None = Field(default=None, examples=[20.0])
     """The factor of the cosines in the scores; by default the family's own."""
     max_length: MaxLength | None = Field(default=None, examples=[128])
@@ -358,7 +402,8 @@ class TaskSpec(Spec):
         measured = self.lm_eval or (self.data is not None and self.data.evaluation_split)
         if self.expected is not None and not measured:
             raise ValueError("'expected' needs 'data' with rows to measure the model on")
-        if self.expected is not None and self.expected > 1 and METRICS[self.metric].is_share:
+        a_share = METRICS[self.metric].is_share and self.lm_eval is None
+        if self.expected is not None and self.expected > 1 and a_share:
             raise ValueError(f"'expected' is a value of {self.metric}, from 0 to 1")
         return self
 
@@ -370,6 +415,8 @@ class TaskSpec(Spec):
                 raise ValueError(
                     f"metric '{self.metric}' scores whole texts: leave out '{given[0]}'"
                 )
+        elif self.per is not None:
+            raise ValueError("'per' is the unit of 'metric: perplexity'")
         if (self.metric == "exact_match") != (self.answer is not None):
             raise ValueError("metric 'exact_match' and 'answer' belong together")
         if self.generate is not None and self.answer is None:
@@ -381,11 +428,11 @@ class TaskSpec(Spec):
         registered = self.data is not None and self.data.content is not None
         if self.lm_eval is None or registered:
             return self
-        for name in ("data", "head", "prompt", "chat", *_ANSWERS, "generate", "scale"):
+        for name in ("data", "head", "prompt", "chat", *_ANSWERS, "generate", "scale", "per"):
             if getattr(self, name) is not None:
                 raise ValueError(f"leave out '{name}': the rows of 'lm_eval' have their own")
         if self.metric != "accuracy":
-            raise ValueError("a task of 'lm_eval' is measured by metric 'accuracy'")
+            raise ValueError("leave out 'metric': a task of 'lm_eval' has its own")
         return self
 
     @model_validator(mode="after")
@@ -463,7 +510,7 @@ class TaskSpec(Spec):
     def head_spec(self) -> HeadSpec:
         """The whole description of the task's head; only for a task that has one."""
         if self.is_of_text:
-            return HeadSpec(max_length=self.max_length, of_text=True)
+            return HeadSpec(max_length=self.max_length, of_text=True, per=self.per)
         if self.is_of_numbers:
             return HeadSpec(max_length=self.max_length, of_number=True)
         if self.prompt is not None:

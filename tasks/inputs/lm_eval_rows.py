@@ -3,15 +3,17 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput
 from restitch.modeling.data.lm_eval_tasks import LmEvalTask, read_lm_eval
 from restitch.registry.access_policy import check_path
 from restitch.registry.specs.task import DataSpec, TaskSpec
 from restitch.tasks.runtime.console import say, working
 from restitch.tasks.runtime.workspace import workspace
 
-PROMPT, CHOICES = "{prompt}", "choices"
+PROMPT, CHOICES, ANSWER = "{prompt}", "choices", "answer"
 
 
 def rows_folder() -> Path:
@@ -32,16 +34,28 @@ def with_lm_eval_rows(spec: TaskSpec) -> TaskSpec:
     folder = _kept(task)
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in sorted(task.splits.items()))
     say(f"{spec.task}: lm-eval task {task.name} (version {task.version}) has {counts} rows")
-    files = {split: f"{split}.jsonl" for split in task.splits}
-    return spec.model_copy(
-        update={
-            "lm_eval": task.name,  # the same wherever its file lies
-            "data": DataSpec(path=str(folder), **files),
-            "prompt": PROMPT,
-            "choices_column": CHOICES,
-            "score": spec.score if "score" in spec.model_fields_set else task.score,
-        }
-    )
+    data = DataSpec(path=str(folder), **{split: f"{split}.jsonl" for split in task.splits})
+    # The name is the same wherever its file lies.
+    return spec.model_copy(update={"lm_eval": task.name, "data": data, **_scoring(spec, task)})
+
+
+def _scoring(spec: TaskSpec, task: LmEvalTask) -> dict[str, Any]:
+    """How the rows are scored."""
+    chosen = "score" in spec.model_fields_set
+    if task.generate is None and task.per is None:
+        score = spec.score if chosen else task.score
+        return {"prompt": PROMPT, "choices_column": CHOICES, "score": score}
+    if chosen:
+        raise BadInput(
+            f"task {spec.task}: 'score' says how choices are compared",
+            expected=f"no score: {task.name} has no choices",
+            found=spec.score,
+            hint="leave it out",
+        )
+    if task.generate is not None:
+        metric = {"metric": "exact_match", "answer": ANSWER, "generate": task.generate}
+        return {"prompt": PROMPT, **metric}
+    return {"metric": "perplexity", "per": task.per}
 
 
 def _kept(task: LmEvalTask) -> Path:

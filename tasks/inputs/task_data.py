@@ -60,7 +60,7 @@ def same_task(one: TaskSpec, other: TaskSpec) -> bool:
 def _meaning(spec: TaskSpec) -> dict[str, Any]:
     values = spec.without_expected().to_json()  # it is about one model, not about the task
     for key in PROMPT_KEYS:
-        if spec.prompt is None or values.get(key) is None:
+        if values.get(key) is None or (key == "score" and spec.prompt is None):
             values.pop(key, None)
     if values["data"] is not None and values["data"]["content"] is not None:
         for place in ("path", "train", "validation", "test"):

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from restitch.modeling.data.rows import Rows
+from restitch.modeling.data.tables import ListTable
+from restitch.modeling.evaluation import evaluate
+from restitch.modeling.families.family import get_family
+from restitch.modeling.heads import Head
+from restitch.registry.specs.task import GenerateSpec, HeadSpec, TaskSpec
 from tests.shell import Shell
 from tests.tiny_models import tiny_decoder, tweaked
 from tests.worlds import World, write_rows, write_yaml
@@ -112,12 +119,61 @@ class TestWithLmEval:
         shell("task", "demo", "--task", write_yaml(tmp_path / "task.yaml", values))
         assert shell.state().tasks["theirs"].spec.score == "sum"
 
+    def test_generated_answers_and_whole_texts_are_measured_as_the_same_rows(
+        self, shell: Shell, lm_world: World, tmp_path: Path
+    ) -> None:
+        """The general benchmark is of whole texts, and the task of generated answers."""
+        file = lm_world.root / "colours.yaml"
+        config = {**yaml.safe_load(file.read_text()), "doc_to_choice": None}
+        answers: dict[str, Any] = {"output_type": "generate_until", "doc_to_target": "{{options[gold]}}"}
+        answers["generation_kwargs"] = {"until": "\n\n", "max_gen_toks": 4}
+        matches = [{"metric": "exact_match", "ignore_case": True}]
+        texts = {"output_type": "loglikelihood_rolling", "doc_to_target": "Say {{q}}"}
+        words = [{"metric": "word_perplexity"}]
+        for name, changes in (
+            ("answers", {**answers, "metric_list": matches}),
+            ("texts", {**texts, "metric_list": words, "doc_to_text": ""}),
+        ):
+            folder = lm_world.root
+            write_yaml(folder / f"lm_{name}.yaml", {**config, "task": name, **changes})
+            write_yaml(lm_world.task(name), {"task": name, "lm_eval": f"lm_{name}.yaml"})
+        line(shell, lm_world, tmp_path, retention=str(lm_world.task("texts")))
+        found = register(shell, lm_world, "answers")
+        record = found["merged"]["record"]
+        spec = shell.state().tasks["answers"].spec
+        assert (spec.metric, spec.lm_eval) == ("exact_match", "answers")
+        assert spec.generate == GenerateSpec(max_new_tokens=4, stop=("\n\n",), ignore_case=True)
+        benchmark = shell.state().spec.retention
+        assert isinstance(benchmark, TaskSpec)
+        assert (benchmark.metric, benchmark.per) == ("perplexity", "word")
+        assert record["results"]["answers"]["count"] == len(ROWS)
+        rows = Rows(
+            ListTable("texts", Path(), {"text": [f"Say {row['q']}" for row in ROWS]}),
+            ("text",),
+            None,
+            (),
+            "text",
+        )
+        family, head = get_family("causal-lm"), Head({}, HeadSpec(of_text=True, per="word"))
+        base = evaluate(
+            family,
+            family.load(lm_world.base),
+            head,
+            rows,
+            family.preprocessor(lm_world.base),
+            metric="perplexity",
+        )
+        assert record["retention"]["base"] == pytest.approx(base.value, rel=1e-5)
+
     def test_it_can_be_the_general_benchmark(
         self, shell: Shell, lm_world: World, tmp_path: Path
     ) -> None:
         line(shell, lm_world, tmp_path, retention=str(lm_world.task("theirs")))
         found = register(shell, lm_world, "ours")
         assert found["merged"]["record"]["retention"]["count"] == len(ROWS)
+        benchmark = shell.state().spec.retention
+        assert isinstance(benchmark, TaskSpec)
+        assert benchmark.score == "per_character"
 
     def test_changed_rows_are_another_task(
         self, shell: Shell, lm_world: World, tmp_path: Path

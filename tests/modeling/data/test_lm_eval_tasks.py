@@ -9,6 +9,7 @@ import yaml
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.data import lm_eval_tasks
+from restitch.modeling.data.exact_match import is_match
 from restitch.modeling.data.lm_eval_tasks import LmEvalTask, read_lm_eval
 
 pytest.importorskip("lm_eval", reason="needs the extra restitch[lm-eval]")
@@ -106,6 +107,106 @@ def test_the_metric_says_how_choices_are_compared(tmp_path: Path) -> None:
     assert "the metric acc or acc_norm" in refused(wrong)
 
 
+GENERATING: dict[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{q}}\nA:",
+    "doc_to_choice": None,
+    "doc_to_target": "{{a}}",
+    "generation_kwargs": {"until": ["Q:"], "do_sample": False, "temperature": 0.0},
+}
+SUMS = [{"q": "6 x 7", "a": "#### 1,042."}, {"q": "Sky", "a": "Blue"}]
+MATCH: dict[str, Any] = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+LOOSE = {**MATCH, "ignore_case": True, "regexes_to_ignore": [",", "(?s).*#### ", "\\.$"]}
+TEXTS = [
+    "#### 1,042",
+    "so #### 1042. And #### 1",
+    "1042",
+    "it is 7 #### 5, 1042",
+    "blue",
+    " Blue",
+    "",
+]
+
+
+def filtered(**regex: Any) -> list[dict[str, Any]]:
+    steps = [{"function": "regex", **regex}, {"function": "take_first"}]
+    other = [{"function": "lowercase"}]
+    return [{"name": "first", "filter": steps}, {"name": "second", "filter": other}]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric_list": [MATCH], "filter_list": None},
+        {"metric_list": [LOOSE], "filter_list": None},
+        {"metric_list": [LOOSE], "filter_list": filtered(regex_pattern="#### ([0-9.,]+)")},
+        {
+            "metric_list": [{**LOOSE, "ignore_punctuation": True}],
+            "filter_list": filtered(regex_pattern="([0-9.,]{2,})|([0-9]+)", group_select=-1),
+        },
+    ],
+)
+def test_generated_texts_are_right_where_lm_eval_says_so(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    file = write(tmp_path / "task", SUMS, **GENERATING, **changes)
+    config = yaml.safe_load(file.read_text())
+    files = {s: str(file.parent / f"{s}.jsonl") for s in ("test", "train")}
+    own = ConfigurableTask(config={**config, "dataset_kwargs": {"data_files": files}})
+    task = read(file)
+    assert task.generate is not None
+    assert (task.generate.stop, task.generate.max_new_tokens) == (("Q:",), 256)
+    name = next(iter(own._filters)).name
+    for doc, row in zip(own.eval_docs, task.splits["test"], strict=True):
+        assert row["prompt"] == own.fewshot_context(doc, num_fewshot=0)
+        for text in TEXTS:
+            request = own.construct_requests(doc, row["prompt"])
+            request.resps = [text.strip()]
+            next(iter(own._filters)).apply([request])
+            theirs = own.process_results(doc, [request.filtered_resps[name]])
+            ours = is_match(text, row["answer"], task.generate)
+            assert ours == bool(theirs["exact_match"]), (text, row)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generation_kwargs": {"do_sample": True}}, "do_sample"),
+        ({"generation_kwargs": {"num_beams": 4}}, "num_beams"),
+        ({"metric_list": [{**MATCH, "ignore_numbers": True}]}, "ignore_numbers"),
+        ({"metric_list": [{"metric": "bleu"}]}, "the metric exact_match"),
+        ({"filter_list": [{"name": "f", "filter": [{"function": "lowercase"}]}]}, "filters"),
+        ({"filter_list": filtered(regex_pattern="a", group_select=1)}, "filters"),
+        ({"filter_list": filtered(regex_pattern="(")}, "not a regular expression"),
+        ({"filter_list": filtered(regex_pattern="B.?")}, "takes all or nothing"),
+        ({"doc_to_text": "{{q}} A: "}, "ends with white space"),
+        ({"doc_to_target": "{{[a, q]}}"}, "several right answers"),
+        ({"doc_to_target": "{{''}}"}, "cannot be compared"),
+        ({"repeats": 3}, "repeats: 3"),
+    ],
+)
+def test_what_cannot_be_generated_is_explained(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    file = write(tmp_path / "task", SUMS, **{**GENERATING, "metric_list": [MATCH], **changes})
+    assert message in refused(file)
+
+
+@pytest.mark.parametrize(
+    ("metric", "per"),
+    [("word_perplexity", "word"), ("byte_perplexity", "byte"), ("bits_per_byte", "byte")],
+)
+def test_whole_texts_keep_their_unit(tmp_path: Path, metric: str, per: str) -> None:
+    changes = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_choice": None}
+    metrics = [{"metric": metric}]
+    file = write(tmp_path / "task", SUMS, **changes, doc_to_target="{{a}}", metric_list=metrics)
+    task = read(file)
+    assert (task.per, task.generate) == (per, None)
+    assert task.splits["test"] == [{"text": row["a"]} for row in SUMS]
+
+
 def test_a_file_may_include_another(tmp_path: Path) -> None:
     whole = write(tmp_path / "task")
     whole.rename(whole.with_name("base.yaml"))
@@ -119,8 +220,7 @@ def test_a_file_may_include_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output_type": "generate_until"}, "metric: exact_match"),
-        ({"output_type": "loglikelihood_rolling"}, "metric: perplexity"),
+        ({"output_type": "loglikelihood"}, "does not read"),
         ({"output_type": None}, "has no output_type"),
         ({"task": None}, "has no task"),
         ({"use_prompt": "promptsource:*"}, "can run code"),

@@ -1,5 +1,6 @@
 """Perplexity of language models, against slow references of each kind."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from restitch.modeling.gradients import checkpointed
 from restitch.modeling.heads import Head
 from restitch.modeling.pretrained import NamedModel, load_tokenizer
 from restitch.modeling.row_values import Losses
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.task import HeadSpec, TextUnit
 from tests.tiny_models import tiny_decoder, tiny_seq2seq
 
 TEXTS = ["one", "a longer text than the others", "two words", "na\u00efve yes or no"]
@@ -154,6 +155,17 @@ def test_perplexity_is_that_of_all_tokens_together(models: Mapping[str, Made], k
     with torch.inference_mode():
         batch = preprocess([rows[n] for n in range(len(TEXTS))])
         assert family.predictions(model, batch, head).shape[:2] == (len(TEXTS), 8)
+
+
+@pytest.mark.parametrize("per", ["word", "byte"])
+def test_a_perplexity_per_word_or_byte_has_the_same_losses(made: Made, per: TextUnit) -> None:
+    family, head = made.family, Head({}, OF_TEXT.model_copy(update={"per": per}))
+    rows = Rows(ListTable("texts", Path(), {"text": TEXTS}), ("text",), None, (), "text")
+    model, preprocess = family.load(made.folder), family.preprocessor(made.folder)
+    found = evaluate(family, model, head, rows, preprocess, metric="perplexity")
+    losses = sum(made.losses(model, [text])[0, 0].item() for text in TEXTS)
+    units = 1 + 6 + 2 + 4 if per == "word" else 3 + 29 + 9 + 16
+    assert found.value == pytest.approx(math.exp(losses / units), rel=1e-5)
 
 
 def test_a_text_without_tokens_is_refused_with_its_row(made: Made) -> None:

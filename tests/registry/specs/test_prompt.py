@@ -91,6 +91,7 @@ def task(**changes: Any) -> TaskSpec:
         ),
         ({**ANSWER, "generate": {"max_new_tokens": 0}}, "greater than or"),
         ({"metric": "perplexity"}, "scores whole texts: leave out 'prompt'"),
+        ({"per": "word"}, "'per' is the unit of 'metric: perplexity'"),
         ({"expected": 2.0, "data": {"path": "p", "test": "t"}}, "is a value of accuracy"),
         (
             {"choices": None, "choices_column": "c", "data": {"path": "p", "classes": ["a", "b"]}},

@@ -193,6 +193,7 @@ def test_a_task_needs_nothing_but_its_name():
         "generate": None,
         "lm_eval": None,
         "score": "sum",
+        "per": None,
         "scale": None,
         "max_length": None,
         "metric": "accuracy",
