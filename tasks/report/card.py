@@ -16,7 +16,14 @@ from restitch.registry.ledger.measurements import shortfall
 from restitch.registry.ledger.records import MergedRecord, TaskResult
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.record import Interval
-from restitch.tasks.report.card_fields import TAGS, card_fields, front_matter, hub_models
+from restitch.registry.specs.metric import METRICS
+from restitch.tasks.report.card_fields import (
+    TAGS,
+    card_fields,
+    front_matter,
+    hub_models,
+    model_index,
+)
 from restitch.tasks.report.provenance import Provenance
 
 # A path of this machine in a sentence; the group is its last part.
@@ -132,8 +139,9 @@ def adapter_card(
         origin: its provenance.
         use: lines of Python that load the adapter.
     """
-    own: dict[str, Any] = {"library_name": "peft", "tags": [*TAGS, "lora"], "model-index": None}
+    own: dict[str, Any] = {"library_name": "peft", "tags": [*TAGS, "lora"]}
     own |= {"base_model": None, "base_model_relation": None}
+    own["model-index"] = model_index(_as_measured(record, made), line_state.spec.family, "adapter")
     if base := hub_models([line_state.base.uri]):
         own |= {"base_model": base[0], "base_model_relation": "adapter"}
     results = [
@@ -161,6 +169,22 @@ def adapter_card(
         _recipe(line_state, record),
     ]
     return _page(parts)
+
+
+def _as_measured(record: MergedRecord, made: Mapping[str, Any]) -> MergedRecord:
+    """A version with the values that its adapter has."""
+    results = {
+        task: record.results[task].model_copy(update={"merged": each["adapter"]})
+        for task, each in made["results"].items()
+    }
+    general, measured = record.retention, made["retention"]
+    if general is not None and measured is not None:
+        ratio = METRICS[general.metric].ratio(measured["adapter"], general.base)
+        values = {"value": measured["adapter"], "ratio": ratio}
+        general = general.model_copy(update=values)
+    else:
+        general = None
+    return record.model_copy(update={"results": results, "retention": general})
 
 
 def once_card(made: Mapping[str, Any]) -> str:

@@ -54,11 +54,24 @@ def card_fields(
         fields |= {"base_model": models, "base_model_relation": "merge"}
     if data := _data_sets(record):
         fields["datasets"] = data
-    if results := list(_results(record, line_state.spec.family)):
-        fields["model-index"] = [{"name": record.line, "results": results}]
+    fields["model-index"] = model_index(record, line_state.spec.family)
     fields |= _licence_fields([origin.base_licence, *origin.licences.values()])
     fields |= more or {}
     return front_matter({key: value for key, value in fields.items() if value is not None})
+
+
+def model_index(
+    record: MergedRecord, family: str, measured: str = "merged model"
+) -> list[dict[str, Any]] | None:
+    """The results of a version in the form of the hub; None without any.
+
+    Args:
+        record: the version, with the values to show as those of the merged model.
+        family: of the line.
+        measured: what has these values.
+    """
+    results = list(_results(record, family, measured))
+    return [{"name": record.line, "results": results}] if results else None
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
@@ -82,19 +95,19 @@ def _data_sets(record: MergedRecord) -> list[str]:
     return hub_models(paths)
 
 
-def _results(record: MergedRecord, family: str) -> Iterator[dict[str, Any]]:
+def _results(record: MergedRecord, family: str, measured: str) -> Iterator[dict[str, Any]]:
     """The measured value of each task, and what the general benchmark says."""
     kind = _PIPELINES.get(family, ("", "other"))[1]
     for task, result in record.results.items():
         if result.merged is not None:
             data = None if result.data is None else result.data.path
-            metrics = [_metric(result.metric, result.merged, "merged model")]
+            metrics = [_metric(result.metric, result.merged, measured)]
             yield _result(kind, task, data, result.split, metrics)
     retention = record.retention
     if retention is not None:
-        metrics = [_metric(retention.metric, retention.value, "merged model")]
+        metrics = [_metric(retention.metric, retention.value, measured)]
         if retention.ratio is not None:
-            metrics.append(_metric("retention", retention.ratio, "merged model over base"))
+            metrics.append(_metric("retention", retention.ratio, f"{measured} over base"))
         data = None if retention.data is None else retention.data.path
         split = None if retention.data is None else retention.data.split
         yield _result(kind, retention.task, data, split, metrics)

@@ -125,7 +125,10 @@ class TestWithLmEval:
         """The general benchmark is of whole texts, and the task of generated answers."""
         file = lm_world.root / "colours.yaml"
         config = {**yaml.safe_load(file.read_text()), "doc_to_choice": None}
-        answers: dict[str, Any] = {"output_type": "generate_until", "doc_to_target": "{{options[gold]}}"}
+        answers: dict[str, Any] = {
+            "output_type": "generate_until",
+            "doc_to_target": "{{options[gold]}}",
+        }
         answers["generation_kwargs"] = {"until": "\n\n", "max_gen_toks": 4}
         matches = [{"metric": "exact_match", "ignore_case": True}]
         texts = {"output_type": "loglikelihood_rolling", "doc_to_target": "Say {{q}}"}

@@ -71,6 +71,20 @@ def test_the_card_of_an_adapter_names_the_base_alone() -> None:
     assert "a line of Python" in text
     assert "## Results" not in text, "nothing was measured"
     assert "base_model" not in front_matter(of("/models/base"))
+    assert "model-index" not in found
+
+
+def test_the_card_of_an_adapter_has_the_values_that_were_measured_with_it() -> None:
+    measured = {"metric": "accuracy", "count": 10, "merged": 0.6, "adapter": 0.5}
+    general = {**measured, "adapter": 0.4}
+    made = {"kept": 0.9, "parameters": 10, "left_out": {}, "results": {"a": measured}}
+    record = builders.record(results={"a": TaskResult(merged=0.6), "b": TaskResult(merged=0.7)})
+    text = adapter_card(builders.line_state(), record, {**made, "retention": general}, Provenance())
+    (index,) = front_matter(text)["model-index"]
+    task, benchmark = index["results"]
+    assert task["metrics"] == [{"type": "accuracy", "value": 0.5, "name": "accuracy, adapter"}]
+    assert [each["value"] for each in benchmark["metrics"]] == [0.4, 0.8]
+    assert benchmark["metrics"][1]["name"] == "retention, adapter over base"
 
 
 def test_the_card_has_results_members_and_recipe() -> None:
