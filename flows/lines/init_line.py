@@ -45,11 +45,12 @@ from restitch.tasks.runtime.schedules import check_schedule
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 from restitch.tasks.statistics import check_rows_for
 
-# Methods for a line file that names none; see docs/results/llm.md and subspaces.md.
+# Methods for a line file that names none; see docs/results/llm.md, subspaces.md and images.md.
 _SPARSE = "localize-and-stitch"
 _FOR_LANGUAGE = ("tsv-m", "task-arithmetic")
-_FOR_TEXTS = "tsv-m"
+_BEST = "tsv-m"
 _SUBSPACE = "localize: {mode: subspace}"
+_FOR_IMAGES = "localize: {mode: subspace, rank: 0.167}"
 
 
 @dataclass(frozen=True)
@@ -197,16 +198,16 @@ def _load(file: Path | Mapping[str, Any], space: Workspace) -> LineSpec:
 
 def _proposed_method(family: str) -> str:
     """The lines to add for the method, by what was best on a line of this family."""
-    sparse, chosen = f"`method: {_SPARSE}`", get_family(family)
-    if chosen.modality == "image":
-        return f"add this line to the file: {sparse}"
-    method = f"method: {_FOR_TEXTS}"
+    chosen = get_family(family)
+    method, kept = f"method: {_BEST}", _SUBSPACE
     if chosen.reads_prompts:
         method = f"method: {{tournament: [{', '.join(_FOR_LANGUAGE)}]}}"
+    if chosen.modality == "image":
+        kept = _FOR_IMAGES
     return (
-        f"add these lines to the file: `{method}` and `{_SUBSPACE}`, which reached the most on a"
-        f" line of such models, in few bytes; or the one line {sparse}, which reached less, and"
-        " whose weights are the same bytes on every machine"
+        f"add these lines to the file: `{method}` and `{kept}`, which reached the most on"
+        f" lines of such models, in few bytes; or the one line `method: {_SPARSE}`, which reached"
+        " less, and whose weights are the same bytes on every machine"
     )
 
 

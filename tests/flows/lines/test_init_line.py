@@ -194,7 +194,7 @@ def test_a_finetuned_model_of_another_kind_is_quarantined_by_what_it_is(
     ("make", "family", "proposed"),
     [
         (tiny_bert, "text-encoder", "method: tsv-m\nlocalize: {mode: subspace}"),
-        (tiny_clip, "clip", "method: localize-and-stitch"),
+        (tiny_clip, "clip", "method: tsv-m\nlocalize: {mode: subspace, rank: 0.167}"),
         (
             tiny_gpt2,
             "causal-lm",
