@@ -34,3 +34,11 @@ def test_the_mask_of_everything_has_the_digest_of_its_coordinates() -> None:
     assert whole.names == same.names == ("a", "b", "c")
     assert whole.digest() == same.digest()
     assert whole.coordinates("a").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_long_tensors_are_hashed_piece_by_piece() -> None:
+    count = 3 * 2**16 + 1
+    assert (
+        WholeMask({"a": count}).digest()
+        == Mask({"a": count}, lambda _: torch.arange(count)).digest()
+    )
