@@ -45,7 +45,7 @@ PANELS = {
         *(audit.diff, audit.why, audit.report, audit.verify),
         *(audit.rollback, audit.promote, audit.pin, audit.unpin),
     ),
-    "Compare and study": (research.compare, research.experts, research.analyze, research.study),
+    "Compare and study": (research.compare, research.experts, research.analyze),
     "Operate": (
         *(operations.up, operations.down, operations.doctor),
         *(audit.pause, audit.resume),
@@ -55,6 +55,7 @@ PANELS = {
 for _panel, _commands in PANELS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
+app.add_typer(research.study, rich_help_panel="Compare and study")
 app.add_typer(storage.store, rich_help_panel="Operate")
 
 FIRST_STEPS = """\

@@ -220,7 +220,10 @@ class FakeHub:
                             "tags": [],
                             "downloads": 0,
                             "likes": 0,
-                            "siblings": [{"rfilename": name} for name in sorted(files)],
+                            "siblings": [
+                                {"rfilename": name, "size": len(files[name])}
+                                for name in sorted(files)
+                            ],
                         }
                     )
                 elif what == "tree":

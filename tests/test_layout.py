@@ -60,7 +60,7 @@ ROOMS = {
     "flows.api": {"promotion", "audit", "lines", "research", "storage"},
     "flows.audit": {"promotion"},
     "flows.lines": {"audit"},
-    "flows.research": {"promotion"},
+    "flows.research": {"promotion", "lines"},
     "flows.research.study": {"promotion", "research"},
     "flows.storage": {"promotion", "audit", "research"},
     "deployments": set(),
@@ -74,6 +74,8 @@ ROOMS = {
 MODELING_MAY_USE = {"registry.specs"}
 MERGING_MAY_USE = {"torch", "numpy", "safetensors", "blake3"} | set(sys.stdlib_module_names)
 ENGINE = "prefect"
+# Packages without code: files that the product reads.
+DATA = {"restitch.papers": "examples/papers"}
 # Folders of the checkout that use the product and are no part of it.
 OUTSIDE = ("playground", "benchmarks", "tests")
 
@@ -169,9 +171,11 @@ def test_nothing_is_imported_past_the_package() -> None:
 def test_the_wheel_lists_every_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     setuptools = listed["tool"]["setuptools"]
-    assert set(setuptools["packages"]) == {"restitch"} | {f"restitch.{room}" for room in ROOMS}
+    rooms = {f"restitch.{room}" for room in ROOMS}
+    assert set(setuptools["packages"]) == {"restitch", *DATA, *rooms}
     folders = setuptools["package-dir"]
-    assert folders == {"restitch": "restitch"} | {f"restitch.{name}": name for name in PACKAGES}
+    code = {f"restitch.{name}": name for name in PACKAGES}
+    assert folders == {"restitch": "restitch"} | DATA | code
 
 
 def test_merging_needs_only_tensors() -> None:

@@ -1,14 +1,18 @@
 """Commands of a researcher; all but `experts` leave the line as it is."""
 
+import sys
 from collections.abc import Mapping
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from restitch.cli.app import Json, Line, Version, show_result
 from restitch.cli.render import research as render
 from restitch.flows.research.study import STUDIES
-from restitch.merging.errors import BadInput
+from restitch.merging.errors import BadInput, UsageError
+from restitch.registry.specs.paper import load_paper, paper_names
 
 Tune = Annotated[bool, typer.Option("--tune", help="Choose settings on validation rows.")]
 Names = Annotated[str | None, typer.Option(help="Names with commas between; all by default.")]
@@ -91,22 +95,87 @@ def analyze(
     show_result(outcome, as_json, render.analyzed)
 
 
-def study(
-    name: Annotated[str, typer.Argument(help="One of the studies above.")],
-    line: Line,
+study = typer.Typer(
+    name="study",
+    help="Repeat a study of the papers: a table, plots, a run in MLflow.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _add_study(name: str, about: str) -> None:
+    """Add the command of a study that measures the members of a line."""
+
+    def run(line: Line, out: Out = None, as_json: Json = False) -> None:
+        from restitch.flows.research.study.flow import study as run_study
+
+        show_result(run_study(name, line, out), as_json, render.studied)
+
+    help_text = f"{about[0].upper()}{about[1:]}.\n\nThe members are those of the version in use."
+    study.command(name, help=help_text)(run)
+
+
+for _name, _about in STUDIES.items():
+    _add_study(_name, _about)
+
+
+@study.command(
+    help="Repeat a published table, with the published numbers next to those measured here.\n\n"
+    "It prints the disk space, memory and hours that it needs, and asks. It then registers the "
+    "models of the paper in a line of its name, and compares all methods. An interrupted study "
+    f"goes on where it was.\n\nPapers: {', '.join(paper_names())}."
+)
+def paper(
+    name: Annotated[
+        str,
+        typer.Argument(help="A paper, or the path of a paper file.", autocompletion=paper_names),
+    ],
+    models: Annotated[
+        str | None,
+        typer.Option(help="Other models: a folder with one per task, or an id with {task}."),
+    ] = None,
+    benchmark: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Images of the general benchmark, in class folders."),
+    ] = None,
+    retention: Annotated[bool, typer.Option(help="Measure the general benchmark.")] = True,
+    methods: Names = None,
+    tune: Tune = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print what it needs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Start without a question.")] = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Repeat a study."""
-    from restitch.flows.research.study.flow import study as run
+    """Repeat a published table."""
+    read = load_paper(name, models=models, benchmark=benchmark, retention=retention)
+    from restitch.flows.research.paper_plan import plan_paper
 
-    show_result(run(name, line, out), as_json, render.studied)
+    planned = plan_paper(read, _names(methods), tune)
+    if plan:
+        show_result(planned, as_json, render.paper_plan)
+    _confirm(planned.as_dict(), yes)
+    from restitch.flows.research.paper import study_paper
+
+    place = None if benchmark is None else str(benchmark)
+    outcome = study_paper(name, models, place, retention, _names(methods), tune, out)
+    show_result(outcome, as_json, render.paper_table)
 
 
-study.__doc__ = (
-    "Repeat a study of the papers with the members of a line: a table, plots, a run in MLflow."
-    + "".join(f"\n\n{name}: {about}" for name, about in STUDIES.items())
-)
+def _confirm(plan: dict[str, Any], yes: bool) -> None:
+    """Show what a study needs, and ask unless the answer was given.
+
+    Raises:
+        UsageError: there is no terminal to ask at.
+    """
+    render.paper_plan(plan, Console(stderr=True, highlight=False))
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "nothing was started: the study needs the above, and there is no terminal to ask at",
+            hint="run the same command with --yes",
+        )
+    typer.confirm("start it?", abort=True, err=True)
 
 
 def _refuse_with_pairs(options: Mapping[str, str | None]) -> None:

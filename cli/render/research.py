@@ -117,6 +117,83 @@ def studied(result: Values, out: Console) -> None:
         write(out, f"  {note}")
 
 
+def paper_plan(plan: Values, out: Console) -> None:
+    """What the study of a paper needs, and how each number is estimated."""
+    write(out, f"{plan['paper']}: {plan['about']}, on the line {plan['line']}")
+    done, todo = plan["registered"], plan["to_register"]
+    write(out, f"  models: {len(done)} registered, {len(todo)} to register")
+    for task, source in todo.items():
+        write(out, f"    {task}: {source}")
+    tuned = ", tuned on validation rows" if plan["tuned"] else ""
+    write(out, f"  methods: {', '.join(plan['methods'])}{tuned}")
+    for name, title in (("disk", "disk space"), ("memory", f"memory on {plan['device']}")):
+        total = sum(part["size"] for part in plan[name])
+        write(out, f"  {title}: at most {size(total)}, {size(plan[f'{name}_free'])} free")
+        for part in plan[name]:
+            write(out, f"    {part['what']}: {size(part['size'])} ({part['how']})")
+    hours = plan["rows"] * plan["row_seconds"] / 3600
+    write(
+        out,
+        f"  hours: {hours:.2g} to evaluate {plan['rows']:,} rows at {plan['row_seconds']:.2g} s",
+    )
+    write(out, f"    a row: measured on {plan['measured']}")
+    write(
+        out,
+        "    rows: the test rows by all models and methods, from the beginning; fetching, "
+        "statistics and merging are not in it",
+    )
+    write(out, "    memory: in addition, the activations of a batch, and the libraries")
+    if done:
+        write(out, "  what is done already needs nothing again")
+    if sum(part["size"] for part in plan["disk"]) > plan["disk_free"]:
+        write(out, "  there may not be enough disk space", "yellow")
+
+
+def paper_table(result: Values, out: Console) -> None:
+    """The table of a paper: what was published on these models next to what was measured here."""
+    members = numbered(result["members"])
+    tuned = ", tuned on validation rows" if result["tuned"] else ""
+    write(out, f"{result['paper']}: {result['about']}{tuned}: {members}")
+    columns = ("method", "published", "here", "normalized", "benchmark", "retention")
+    rows = [
+        (row["name"], *(_one_digit(row[key]) for key in _PAPER_COLUMNS))
+        for row in result["rows"]
+        if row["kind"] != "experts"
+    ]
+    show_table(out, columns, rows)
+    experts = [
+        (row["name"], *(_one_digit(row[key]) for key in _PAPER_COLUMNS[:3]))
+        for row in result["rows"]
+        if row["kind"] == "experts"
+    ]
+    if experts:
+        show_table(out, ("one model per task", *columns[1:4]), experts)
+    write(out, "  means over the tasks, in percent")
+    for source in result["sources"]:
+        write(out, f"  published {source}")
+    for row in result["rows"]:
+        if row["published_benchmark"] is not None:
+            write(out, f"  {row['name']} on the benchmark: {row['published_benchmark']} published")
+    for row in result["rows"]:
+        if row["settings"]:
+            write(out, f"  {row['method']} here: {row['settings']}")
+    for source, others in result["elsewhere"].items():
+        write(out, f"\npublished elsewhere, not to be compared with the rows above: {source}")
+        cells = [(row["name"], _one_digit(row["published"])) for row in others]
+        show_table(out, ("method", "published"), cells)
+    for name, without in result["left_out"].items():
+        write(out, f"  {name} is left out: no train rows for {', '.join(without)}")
+    for note in result["notes"]:
+        write(out, f"  {note}")
+
+
+_PAPER_COLUMNS = ("published", "mean", "normalized", "benchmark", "retention")
+
+
+def _one_digit(value: float | None) -> str:
+    return number(value, ".1f")
+
+
 def _experts(rows: Sequence[Values], out: Console) -> None:
     """Methods with one model per task: the size of all specialists, against the models."""
     lines = []

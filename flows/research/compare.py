@@ -10,9 +10,10 @@ The line does not change. Results are stored under a digest of their inputs, so 
 computed twice; `restitch gc` removes results that no version refers to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from restitch.flows.promotion.candidates import measure_member, measure_retention
@@ -100,7 +101,11 @@ class Comparison(StudyOutcome):
 
 @flow("compare", "{line}")
 def compare(
-    line: str, methods: Sequence[str] = (), tuned: bool = False, out: str | None = None
+    line: str,
+    methods: Sequence[str] = (),
+    tuned: bool = False,
+    out: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Comparison:
     """Merge a line's members by several methods and measure each result.
 
@@ -109,6 +114,7 @@ def compare(
         methods: their names; all methods by default.
         tuned: choose each method's tunable setting on validation rows.
         out: a folder for `compare.json` and the plot.
+        settings: of methods by name; by default the line's or the method's own.
 
     Raises:
         BadInput: there is no such method, or nothing to merge.
@@ -128,7 +134,13 @@ def compare(
     merged, experts = [], []
     for method in chosen:
         say(f"{line}: {method.name}")
-        ready = prepare(snapshot.line_in_use, snapshot.members, method, tuned=tuned)
+        ready = prepare(
+            snapshot.line_in_use,
+            snapshot.members,
+            method,
+            tuned=tuned,
+            settings=settings.get(method.name),
+        )
         if method.kind == "merged":
             merged.append(_measure_merged(snapshot, ready, method))
         else:

@@ -1,8 +1,8 @@
 """The class index of every row: labels are indices, or names of the classes.
 
-A name counts in any case and Unicode form. If the data set names its classes itself, its names
-decide and not its order. Labels with two readings that differ are refused with both lists of
-names, and `classes:` under `data` decides.
+A name counts in any case and Unicode form, with `_` or a space between words. If the data set
+names its classes itself, its names decide and not its order. Labels with two readings that differ
+are refused with both lists of names, and `classes:` under `data` decides.
 """
 
 import re
@@ -48,7 +48,7 @@ class _Lookup:
     """Finds the class of a name or a number.
 
     Attributes:
-        renamed: the names that differ from those of the classes in case only.
+        renamed: the names that differ from those of the classes in case or underscores only.
     """
 
     classes: Classes
@@ -68,7 +68,7 @@ class _Lookup:
             self._folded.setdefault(_folded(name), []).append(index)
 
     def by_name(self, name: str, where: str) -> int | None:
-        """The class with this name, exact or else in another case.
+        """The class with this name, exact or else in another case or with underscores.
 
         Raises:
             BadInput: several classes have it.
@@ -129,7 +129,7 @@ def class_indices(
         result[row] = index
     if lookup.renamed:
         pairs = [f"{name!r} is read as {label!r}" for name, label in lookup.renamed.items()]
-        notes.append(f"{table.name}: labels in another case: {_some(pairs)}")
+        notes.append(f"{table.name}: labels in another form: {_some(pairs)}")
     return result, tuple(notes)
 
 
@@ -200,7 +200,7 @@ def _ambiguous(
 ) -> BadInput:
     return BadInput(
         f"{table.name}: the classes of column {column!r} do not match those of the task",
-        expected="the same names, in any order and case",
+        expected="the same names, in any order and case, with _ or spaces",
         found=problem,
         details=_lists(own, labels),
         hint=_DECIDE,
@@ -258,8 +258,8 @@ def _text(value: object) -> str:
 
 
 def _folded(name: str) -> str:
-    """The same text for all cases and Unicode forms of a name."""
-    decomposed = unicodedata.normalize("NFD", name).casefold()
+    """The same text for all cases and Unicode forms of a name; `_` is a space."""
+    decomposed = unicodedata.normalize("NFD", name.replace("_", " ")).casefold()
     return unicodedata.normalize("NFC", decomposed).strip()
 
 

@@ -114,7 +114,7 @@ class TaskData:
 
     @cached_property
     def _parts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return set_apart(self._train.strata)
+        return set_apart(self._train.strata, self.spec.holdout)
 
     def _open(self, split: str) -> Rows:
         return open_split(
@@ -229,20 +229,27 @@ def labels_of(spec: DataSpec) -> tuple[str, ...]:
     )
 
 
-def set_apart(targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def set_apart(
+    targets: NDArray[np.int64], holdout: float | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split train into positions that stay and positions for validation, both ascending.
 
-    A seeded share of each class, at least one row where the class has two, at most
-    `HOLDOUT_MOST` rows together; every class keeps a row in train.
+    A seeded share of each class, at least one row where the class has two; every class keeps a row
+    in train.
+
+    Args:
+        targets: the classes of the rows.
+        holdout: the share; by default `HOLDOUT_SHARE`, and at most `HOLDOUT_MOST` rows together.
     """
     random = _random(HOLDOUT_SEED)
-    share = min(HOLDOUT_SHARE, HOLDOUT_MOST / max(len(targets), 1))
+    most = HOLDOUT_MOST if holdout is None else len(targets)
+    share = holdout or min(HOLDOUT_SHARE, HOLDOUT_MOST / max(len(targets), 1))
     held = [np.empty(0, dtype=np.int64)]
     for index in np.unique(targets):
         members = np.flatnonzero(targets == index)
         count = min(max(int(share * len(members)), 1), len(members) - 1)
         held.append(random.permutation(members)[:count])
-    apart = np.sort(random.permutation(np.concatenate(held))[:HOLDOUT_MOST])
+    apart = np.sort(random.permutation(np.concatenate(held))[:most])
     return np.setdiff1d(np.arange(len(targets)), apart), apart
 
 
@@ -291,6 +298,7 @@ def data_digest(spec: DataSpec, modality: Modality = "image") -> dict[str, objec
         "classes": None if spec.classes is None else list(spec.classes),
         "delimiter": spec.delimiter,
         "quotes": spec.quotes,
+        "holdout": spec.holdout,
     }
     given = {name: value for name, value in read_as.items() if value is not None}
     return content | ({"read_as": given} if given else {})

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -60,8 +61,7 @@ def commit_of(name: str, revision: str | None, kind: Literal["model", "dataset"]
     from huggingface_hub import HfApi, snapshot_download
 
     with _hub_explained(name, revision or "main"):
-        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-            # Offline: the cache decides.
+        if _is_offline():  # the cache decides
             return Path(
                 snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
             ).name
@@ -72,6 +72,56 @@ def commit_of(name: str, revision: str | None, kind: Literal["model", "dataset"]
                 f"the hub returned no commit for {name}", hint="run the command again later"
             )
         return str(commit)
+
+
+def sizes_on_hub(name: str, kind: Literal["model", "dataset"]) -> dict[str, int]:
+    """The files that a model or data set has on the hub, with their bytes; none while offline.
+
+    Raises:
+        BadInput: the hub has no repository of this name.
+        Unavailable: the hub is unreachable, or refuses the request.
+    """
+    from huggingface_hub import HfApi
+
+    check_hub(f"the {kind} {name}")
+    name, revision = split_pin(name)
+    if _is_offline():
+        _ = commit_of(name, revision, kind)  # refuses what the cache does not have
+        return {}
+    with _hub_explained(name, revision or "main"):
+        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        ask = api.model_info if kind == "model" else api.dataset_info
+        info = ask(name, revision=revision, files_metadata=True)
+    return {file.rfilename: file.size or 0 for file in info.siblings or ()}
+
+
+def config_on_hub(name: str) -> Path:
+    """The folder with the configuration of a model, without its weights.
+
+    Raises:
+        BadInput: the model does not exist, or has none.
+        Unavailable: the hub is unreachable, or refuses the request.
+    """
+    from huggingface_hub import hf_hub_download
+
+    check_hub(f"the model {name}")
+    name, revision = split_pin(name)
+    with _hub_explained(name, revision or "main"):
+        file = hf_hub_download(
+            name, "config.json", revision=revision, endpoint=os.environ.get("HF_ENDPOINT")
+        )
+    return Path(file).parent
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def is_read(file: str) -> bool:
+    """True for a file of a model that is fetched."""
+    return any(fnmatch(file, one) for one in MODEL_FILES) and not any(
+        fnmatch(file, one) for one in SKIPPED_FILES
+    )
 
 
 @contextmanager

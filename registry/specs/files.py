@@ -77,13 +77,20 @@ def line_of(
     return _line(deepcopy(dict(values)), "the line", Path.cwd(), family, method)
 
 
-def task_of(values: Mapping[str, Any]) -> TaskSpec:
-    """A task from the keys of a task file; relative paths start at the working directory.
+def task_of(
+    values: Mapping[str, Any], origin: str = "the task", folder: Path | None = None
+) -> TaskSpec:
+    """A task from the keys of a task file.
+
+    Args:
+        values: the keys.
+        origin: the name of the keys in errors.
+        folder: where relative paths start; by default the working directory.
 
     Raises:
         BadInput: a key, or a file that it names, cannot be used.
     """
-    return _task(deepcopy(dict(values)), "the task", Path.cwd())
+    return _task(deepcopy(dict(values)), origin, folder or Path.cwd())
 
 
 def parse_merge(text: str, origin: str, folder: Path) -> MergeSpec:

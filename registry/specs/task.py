@@ -89,6 +89,9 @@ class DataSpec(Spec):
     validation: Text | None = Field(default=None, examples=["validation.jsonl"])
     """The rows to tune on: a file or folder in `path`, or the name of a split; by default a part of
     `train`, set apart."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, examples=[0.1])
+    """The share of each class of `train` that is set apart to tune on, in place of `validation`; by
+    default a fifth, and at most 1000 rows together. The rows are drawn with seed 0."""
     test: Text | None = Field(default=None, examples=["test.jsonl"])
     """The rows to report on: a file or folder in `path`, or the name of a split; by default the
     validation rows."""
@@ -136,6 +139,12 @@ class DataSpec(Spec):
         if isinstance(value, str):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _holdout_is_of_train(self) -> Self:
+        if self.holdout is not None and (self.train is None or self.validation is not None):
+            raise ValueError("'holdout' is a part of 'train', in place of 'validation'")
+        return self
 
     def source(self, split: str) -> str | None:
         """The file, folder or split behind `train`, `validation` or `test`."""

@@ -160,9 +160,14 @@ def tradeoff_plot(version: Mapping[str, Any], versions: Sequence[Mapping[str, An
 def methods_plot(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
     """Mean accuracy over the tasks against retention, one mark per method with both.
 
-    The rows are those of `restitch compare --json`, best first.
+    The rows are those of `restitch compare --json`, best first. There is no retention where the
+    base has no right answer.
     """
-    known = [row for row in rows if row["retention"] and row["mean_accuracy"] is not None]
+    known = [
+        row
+        for row in rows
+        if row["mean_accuracy"] is not None and (row["retention"] or {}).get("ratio") is not None
+    ]
     if not known:
         return None
     figure, axes = axes_in(2.6, left=0.62, top=0.2, bottom=0.5, right=1.6)

@@ -111,6 +111,8 @@ def test_the_wheel_holds_restitch_and_nothing_else(wheel: Path) -> None:
     folders = {name.partition("/")[0] for name in names}
     assert {f for f in folders if not f.endswith(".dist-info")} == {"restitch"}
     assert {"restitch/py.typed", "restitch/tasks/report/page.html.j2"} <= set(names)
+    papers = (ROOT / "examples" / "papers").rglob("*.yaml")
+    assert {f"restitch/{file.relative_to(ROOT / 'examples')}" for file in papers} <= set(names)
     sources = {
         f"restitch/{path.relative_to(ROOT)}"
         for package in (
@@ -132,6 +134,7 @@ def test_a_line_runs_from_the_wheel(installed: Installed, world: World) -> None:
     """A first line in one process, then the same with servers and a worker."""
     assert re.fullmatch(r"restitch \d+\.\d+\.\d+\S*\n", installed.restitch("--version"))
     assert "register" in installed.restitch("--help")
+    assert "clip-b32-8" in installed.restitch("study", "paper", "--help")
     line = world.line(installed.folder / "line.yaml")
     installed.restitch("init", line)
     colour = ("--task", world.task("colour"), "--model", world.model("colour"))

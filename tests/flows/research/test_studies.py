@@ -228,7 +228,7 @@ def test_the_help_lists_every_study_and_the_table_is_printed(shell: Shell, made:
 def test_unknown_studies_and_lines_without_data_are_refused(
     shell: Shell, world: World, tmp_path: Path
 ) -> None:
-    assert "did you mean 'density'" in shell("study", "densty", "demo", code=3).err
+    assert "Did you mean 'density'" in shell("study", "densty", "demo", code=2).err
     small = Shell(tmp_path / "home")
     shutil.copytree(shell.home, small.home)
     small("init", world.line(tmp_path / "empty.yaml", line="empty"))

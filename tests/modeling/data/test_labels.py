@@ -157,6 +157,9 @@ class TestOwnNames:
         [
             (["yes", "no"], ("no", "yes"), [1, 0]),
             (["YES", "No"], ("no", "yes"), [1, 0]),
+            (["hot_dog", "Apple_Pie"], ("apple pie", "hot dog"), [1, 0]),
+            (["apple pie", "hot dog"], ("hot_dog", "apple_pie"), [1, 0]),
+            (["a b", "a_b"], ("a_b", "a b"), [1, 0]),
             (["1", "0"], ("no", "yes"), [1, 0]),
             (["0", "1"], ("no", "yes"), [0, 1]),
             (["5", "3"], ("3", "5"), [1, 0]),

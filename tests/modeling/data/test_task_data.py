@@ -318,6 +318,22 @@ class TestCalibration:
         _, apart = set_apart(np.arange(6000) // 2)  # 3000 classes of two rows
         assert len(apart) == 1000
 
+    def test_a_task_names_the_share_that_is_set_apart(self, tmp_path):
+        data = self.data(tmp_path, (50, 20, 1), holdout=0.1)
+        apart, kept = data.rows("validation"), data.rows("train")
+        assert np.bincount(apart.targets, minlength=3).tolist() == [5, 2, 0]
+        assert len(apart) + len(kept) == 71
+        _, many = set_apart(np.arange(20_000) % 7, 0.1)
+        assert 1990 <= len(many) <= 2000
+
+    def test_the_share_enters_the_digest_only_where_it_is_named(self, tmp_path):
+        usual = self.data(tmp_path, (5, 5)).spec
+        assert "read_as" not in data_digest(usual)
+        named = usual.model_copy(update={"holdout": 0.1})
+        assert data_digest(named)["read_as"] == {"holdout": 0.1}
+        with pytest.raises(ValueError, match="in place of 'validation'"):
+            DataSpec(path=".", train="train", validation="validation", holdout=0.1)
+
     def test_the_rows_set_apart_never_change(self):
         kept, apart = set_apart(np.arange(20) % 2)
         assert apart.tolist() == [3, 5, 6, 14]

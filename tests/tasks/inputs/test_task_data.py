@@ -179,7 +179,7 @@ def test_what_is_left_out_or_empty_is_a_warning(tmp_path: Path) -> None:
         check_rows(spec, FAMILY, Workspace(Home(tmp_path / "home")))
     assert notes.warnings == [
         f"colour: left out of {tmp_path}/rows/folder: 1 file that is not read (notes.txt)",
-        "colour: t.jsonl: labels in another case: 'RED' is read as 'red'",
+        "colour: t.jsonl: labels in another form: 'RED' is read as 'red'",
         "colour: 1 of 1 rows have an empty text, t.jsonl row 0 first",
     ]
 
