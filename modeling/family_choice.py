@@ -29,7 +29,7 @@ def check_base(family: Family, folder: Path, where: str) -> None:
         model = model_kind(folder)
     except BadInput as error:
         raise error.renamed(str(folder), where) from error
-    if not _takes(family, model):
+    if not _takes(family, model) and model.kind not in family.also:
         raise BadInput(
             f"the base {where} is not of family {family.name}",
             expected=_described(family),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,14 +42,15 @@ _WITHOUT_LIMIT = 512
 BLOCKS = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
 
 
-def text_preprocessor(folder: Path, limit: int) -> Preprocess:
+def text_preprocessor(folder: Path, limit: int, tokenizer: Any = None) -> Preprocess:
     """Tokenize texts or sentence pairs, padded to the longest in the batch.
 
     Args:
         folder: with the tokenizer.
         limit: the most tokens of a text or a pair.
+        tokenizer: the folder's, with other settings.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer or load_tokenizer(folder)
 
     def preprocess(examples: Sequence[Example]) -> Batch:
         columns = [list(column) for column in zip(*(e.inputs for e in examples), strict=True)]
@@ -69,6 +71,15 @@ def text_preprocessor(folder: Path, limit: int) -> Preprocess:
         return batch
 
     return preprocess
+
+
+def padded_on_the_right(folder: Path) -> Any:
+    """The tokenizer of a decoder, which pads on the right, if it must with the end of text."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def text_limit(folder: Path) -> int:

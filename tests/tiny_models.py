@@ -287,9 +287,9 @@ def tiny_encoder(folder: Path, kind: str = "bert", *, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_seq2seq(folder: Path, kind: str = "t5", *, seed: int = 0) -> Path:
+def tiny_seq2seq(folder: Path, kind: str = "t5", *, seed: int = 0, max_length: int = 64) -> Path:
     """A folder of an encoder-decoder language model: `t5` (tied), `flan-t5` (untied) or `bart`."""
-    tokenizer = word_tokenizer(max_length=64)
+    tokenizer = word_tokenizer(max_length=max_length)
     end = (("</s>", tokenizer.eos_token_id),)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>" if kind == "bart" else "$A </s>",
@@ -380,21 +380,24 @@ def tiny_classifier(
 WORDS = ("no", "yes", "maybe", "red", "blue", "one", "two", "was")
 
 
-def masking_tokenizer(kind: str, *, max_length: int = 64) -> PreTrainedTokenizerFast:
-    """A tokenizer with a mask, to which each of `WORDS` is one token after a space.
+def masking_tokenizer(
+    kind: str, *, max_length: int = 64, known: Sequence[str] = WORDS
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with a mask, to which each of the known words is one token after a space.
 
     Args:
         kind: of byte pairs as for `roberta` and `modernbert`, of word pieces as for `bert`, or of
             a unigram model as for `deberta-v2`.
         max_length: of a text.
+        known: the words.
     """
     special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
     characters = sorted(
-        {c for word in WORDS for c in word} | set("abcdefghijklmnopqrstuvwxyz .,?:")
+        {c for word in known for c in word} | set("abcdefghijklmnopqrstuvwxyz .,?:")
     )
     tokens: tuple[str, ...]
     if kind == "bert":
-        tokens = (*special, *characters, *(f"##{c}" for c in characters), *WORDS)
+        tokens = (*special, *characters, *(f"##{c}" for c in characters), *known)
         ids = {token: index for index, token in enumerate(tokens)}
         tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="<unk>"))
         tokenizer.normalizer = normalizers.Lowercase()
@@ -402,13 +405,13 @@ def masking_tokenizer(kind: str, *, max_length: int = 64) -> PreTrainedTokenizer
     elif kind == "deberta-v2":
         pieces = [(token, 0.0) for token in special]
         pieces += [(c.replace(" ", "\u2581"), -10.0) for c in characters]
-        pieces += [(f"\u2581{word}", -2.0) for word in WORDS]
+        pieces += [(f"\u2581{word}", -2.0) for word in known]
         tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         ids = {token: index for index, (token, _) in enumerate(pieces)}
     else:
         merges = {}
-        for word in WORDS:
+        for word in known:
             for end in range(1, len(word) + 1):
                 merges[f"\u0120{word[: end - 1]}", word[end - 1]] = f"\u0120{word[:end]}"
         tokens = (*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merges.values())
@@ -434,9 +437,16 @@ def masking_tokenizer(kind: str, *, max_length: int = 64) -> PreTrainedTokenizer
     )
 
 
-def tiny_masked(folder: Path, kind: str = "roberta", *, seed: int = 0) -> Path:
+def tiny_masked(
+    folder: Path,
+    kind: str = "roberta",
+    *,
+    seed: int = 0,
+    max_length: int = 64,
+    known: Sequence[str] = WORDS,
+) -> Path:
     """A folder of a masked language model: `roberta`, `bert`, `deberta-v2` or `modernbert`."""
-    tokenizer = masking_tokenizer(kind)
+    tokenizer = masking_tokenizer(kind, max_length=max_length, known=known)
     torch.manual_seed(seed)
     size: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -444,7 +454,7 @@ def tiny_masked(folder: Path, kind: str = "roberta", *, seed: int = 0) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 32,
-        "max_position_embeddings": 80,
+        "max_position_embeddings": max_length + 16,
         "pad_token_id": tokenizer.pad_token_id,
         "initializer_range": 0.4,
     }

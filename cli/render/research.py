@@ -154,20 +154,13 @@ def paper_table(result: Values, out: Console) -> None:
     members = numbered(result["members"])
     tuned = ", tuned on validation rows" if result["tuned"] else ""
     write(out, f"{result['paper']}: {result['about']}{tuned}: {members}")
-    columns = ("method", "published", "here", "normalized", "benchmark", "retention")
-    rows = [
-        (row["name"], *(_one_digit(row[key]) for key in _PAPER_COLUMNS))
-        for row in result["rows"]
-        if row["kind"] != "experts"
-    ]
-    show_table(out, columns, rows)
-    experts = [
-        (row["name"], *(_one_digit(row[key]) for key in _PAPER_COLUMNS[:3]))
-        for row in result["rows"]
-        if row["kind"] == "experts"
-    ]
+    columns = {"published": "published", "mean": "here", "normalized": "normalized"}
+    experts = [row for row in result["rows"] if row["kind"] == "experts"]
+    others = [row for row in result["rows"] if row["kind"] != "experts"]
+    measured = {} if all(row["benchmark"] is None for row in others) else _OF_BENCHMARK
+    _paper_rows("method", columns | measured, others, out)
     if experts:
-        show_table(out, ("one model per task", *columns[1:4]), experts)
+        _paper_rows("one model per task", columns, experts, out)
     write(out, "  means over the tasks, in percent")
     for source in result["sources"]:
         write(out, f"  published {source}")
@@ -187,7 +180,14 @@ def paper_table(result: Values, out: Console) -> None:
         write(out, f"  {note}")
 
 
-_PAPER_COLUMNS = ("published", "mean", "normalized", "benchmark", "retention")
+_OF_BENCHMARK = {"benchmark": "benchmark", "retention": "retention"}
+
+
+def _paper_rows(
+    what: str, columns: Mapping[str, str], rows: Sequence[Values], out: Console
+) -> None:
+    cells = ((row["name"], *(_one_digit(row[key]) for key in columns)) for row in rows)
+    show_table(out, (what, *columns.values()), cells)
 
 
 def _one_digit(value: float | None) -> str:

@@ -30,6 +30,8 @@ from restitch.tasks.runtime.workspace import Workspace, workspace
 
 # Bytes of a weight in float32, and of one that a sparse delta keeps: value and coordinate.
 _WHOLE, _SPARSE = 4, 5.2
+# What registration fills in, if a task file leaves it out.
+_FILLED_IN = ("input", "label", "content")
 # The base, the finetuned model, and its sparse and its whole delta alone.
 _ONCE = 4
 
@@ -138,7 +140,7 @@ def registered_tasks(paper: Paper) -> list[str]:
 
 def _is_registered(line_state: LineState, paper: Paper, spec: TaskSpec) -> bool:
     task = line_state.tasks.get(spec.task)
-    if task is None or not task.declared or not _means(task.spec, spec, line_state):
+    if task is None or not task.declared or not _means(task.spec, spec):
         return False
     source = paper.models[spec.task]
     return any(_is_ready(model, source) for model in task.versions.values())
@@ -148,20 +150,16 @@ def _is_ready(model: ModelVersion, source: str) -> bool:
     return model.state == "ready" and source in (model.model.uri, split_pin(model.model.uri)[0])
 
 
-def _means(known: TaskSpec, spec: TaskSpec, line_state: LineState) -> bool:
+def _means(known: TaskSpec, spec: TaskSpec) -> bool:
     """True if a registered task is the one that a file describes: the same data, read the same."""
     if known.data is None or spec.data is None:
         return known == spec
-    modality = get_family(line_state.spec.family).modality
-    data = spec.data if spec.prompt or spec.is_of_text else spec.data.with_columns(modality)
-    data = data.model_copy(update={"content": known.data.content})
-    same = spec.with_pins_of(known).model_copy(update={"data": data})
-    places = ("train", "holdout", "validation", "test")
-    return (
-        split_pin(known.data.path)[0] == split_pin(spec.data.path)[0]
-        and all(getattr(known.data, name) == getattr(data, name) for name in places)
-        and same_task(known, same.model_copy(update={"head": spec.head or known.head}))
-    )
+    if split_pin(known.data.path)[0] != split_pin(spec.data.path)[0]:
+        return False
+    filled = {name: getattr(spec.data, name) or getattr(known.data, name) for name in _FILLED_IN}
+    data = spec.data.model_copy(update={**filled, "path": known.data.path})
+    described = spec.model_copy(update={"data": data, "head": spec.head or known.head})
+    return data == known.data and same_task(known, described)
 
 
 def _downloads(paper: Paper, missing: Sequence[str]) -> list[Need]:

@@ -5,6 +5,7 @@ their table. Labels are checked against the classes before any input is read; no
 and every error names its file and row.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -144,10 +145,12 @@ class Rows:
         return (*own, *[None] * (self.class_count - len(own)))
 
     def _answer(self, row: int, column: str) -> str:
-        """The answer of a row of the table."""
+        """The answer of a row of the table; a number is read as text, with six digits."""
         where = f"{self.table.where(row)}, column {column!r}"
         value = self.table.row(row, (column,))[0]
-        answer = text_of(str(value) if type(value) is int else value, where)
+        if type(value) is int or (type(value) is float and math.isfinite(value)):
+            value = f"{value:.6g}" if isinstance(value, float) else str(value)
+        answer = text_of(value, where)
         if not answer.strip():
             raise BadInput(
                 f"{where} is an empty answer",

@@ -53,6 +53,7 @@ class Family(Protocol):
         modality: the input of a row: one or more texts, or one image.
         kinds: the kinds of bases that it takes. Empty if `config_differences` decides alone; such a
             family is never proposed.
+        also: more kinds of bases that it takes if a line names it; it is not proposed for them.
         model_types: the model types among these kinds; empty for all.
         parts: kinds of finetuned models that hold only a part of the base.
         reads_prompts: true for language models: tasks have a prompt instead of a head.
@@ -72,6 +73,7 @@ class Family(Protocol):
     task_heads: TaskHeads | None = None
     modality: Modality
     kinds: tuple[Kind, ...] = ()
+    also: tuple[Kind, ...] = ()
     model_types: tuple[str, ...] = ()
     parts: tuple[Kind, ...] = ()
     reads_prompts: bool = False

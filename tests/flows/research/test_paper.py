@@ -16,7 +16,7 @@ from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.specs.paper import load_paper
 from tests.conftest import NewHome
 from tests.hub_server import FakeHub, fake_hub
-from tests.paper_hub import serve_clip
+from tests.paper_hub import serve_paper
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, write_yaml
 
@@ -150,10 +150,35 @@ def hub() -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "name",
+    ["clip-b32-20", "clip-l14-8", "roberta-12", "gpt2-7", "flan-t5-8", "mergebench-llama-3b"],
+)
+def test_the_other_papers_run_on_stand_ins(hub: FakeHub, name: str, tmp_path: Path) -> None:
+    """All data sets and all families, with a method of each kind."""
+    models = ("--models", "me/roberta-{task}") if name == "roberta-12" else ()
+    serve_paper(hub, load_paper(name, models=models[1] if models else None), tmp_path)
+    study = ("study", "paper", name, *models, "--yes", "--out", tmp_path / "out")
+    methods = "averaging,localize-and-stitch,tall"
+    shell, variables = Shell(tmp_path / "home"), hub.environment(tmp_path / "cache")
+    done = shell.start(*study, "--methods", methods, environment=variables)
+    _, err = done.communicate(timeout=800)
+    assert done.returncode == 0, err
+    found = json.loads((tmp_path / "out" / "paper.json").read_text())
+    rows = {row["method"]: row for row in found["rows"]}
+    assert len(found["members"]) == len(load_paper(name, models="a/{task}").tasks)
+    for method in methods.split(","):
+        of_images = name.startswith("clip")
+        assert (rows[method]["mean"] is not None) == (name != "mergebench-llama-3b")
+        assert (rows[method]["retention"] is not None) == (of_images and method != "tall")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_study_of_eight_image_tasks(hub: FakeHub, tmp_path: Path) -> None:
     """From the plan to the table on stand-ins, killed once while it registers."""
-    serve_clip(hub, load_paper("clip-b32-8"), tmp_path)
+    serve_paper(hub, load_paper("clip-b32-8"), tmp_path)
     variables = hub.environment(tmp_path / "cache")
     shell = Shell(tmp_path / "home")
     study = ("study", "paper", "clip-b32-8")

@@ -10,6 +10,7 @@ import pytest
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Prompt, Rows
+from restitch.modeling.data.tables import ListTable
 from restitch.modeling.data.task_data import TaskData, open_split
 from restitch.registry.specs.task import DataSpec
 
@@ -122,3 +123,20 @@ def test_calibration_takes_rows_of_every_index(tmp_path: Path) -> None:
     spec = DataSpec(path=str(tmp_path), train="t.jsonl", input=("q",))
     chosen = TaskData(spec, (), "text", PROMPT).calibration(2, 0)
     assert sorted(chosen.targets.tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [("red", "red"), (7, "7"), (3.2, "3.2"), (1 / 3, "0.333333"), (5.0, "5")]
+)
+def test_an_answer_that_is_a_number_is_read_as_text(value: object, text: str) -> None:
+    table = ListTable("rows", Path(), {"q": ["what"], "a": [value]})
+    rows = Rows(table, ("q",), "a", (), "text", prompt=Prompt("{q}", answer="a"))
+    assert rows[0].choices == (text,)
+
+
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), ["a"]])
+def test_another_answer_is_refused(value: object) -> None:
+    table = ListTable("rows", Path(), {"q": ["what"], "a": [value]})
+    rows = Rows(table, ("q",), "a", (), "text", prompt=Prompt("{q}", answer="a"))
+    with pytest.raises(BadInput, match="is not a text"):
+        _ = rows[0].choices

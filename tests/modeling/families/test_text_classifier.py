@@ -19,7 +19,8 @@ from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.text_classifier import TextClassifier
-from restitch.modeling.family_choice import check_base
+from restitch.modeling.family_choice import check_base, proposal
+from restitch.modeling.kinds import model_kind
 from restitch.registry.specs.task import HeadSpec
 from tests.modeling.family_contract import FamilyContract
 from tests.tiny_models import tiny_classifier, tiny_decoder, tiny_encoder, tiny_t5
@@ -295,10 +296,39 @@ def test_keys_of_a_head_are_no_differences_of_the_encoder(
 
 
 def test_models_without_a_classifier_of_their_own_are_refused(tmp_path: Path) -> None:
-    for folder in (tiny_decoder(tmp_path / "llama"), tiny_t5(tmp_path / "t5")):
-        with pytest.raises(BadInput, match="is not of family text-classifier"):
-            check_base(FAMILY, folder, "the base")
+    with pytest.raises(BadInput, match="is not of family text-classifier"):
+        check_base(FAMILY, tiny_t5(tmp_path / "t5"), "the base")
     assert "no 'bert-generation'" in str(FAMILY.lacks(bert_generation(tmp_path / "bg")))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_decoder_scores_as_its_own_classifier_does(tmp_path: Path, kind: str) -> None:
+    """Without a token for padding, in a batch of texts of different lengths and of pairs."""
+    base = tiny_decoder(tmp_path / "base", kind)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(base)
+    tuned = tiny_classifier(base, tmp_path / "tuned", ["a", "b", "c"])
+    check_base(FAMILY, base, "the base")
+    assert FAMILY.config_differences(base, tuned) == []
+    texts = [("red",), ("it was a blue one, was it not?",), ("two",)]
+    pairs = [("red", "blue"), ("a", "it was a red one"), ("one, two", "b")]
+    spec = HeadSpec(labels=("c", "a", "b"))
+    head = FAMILY.build_head(FAMILY.load(base), base, spec, finetuned=tuned)
+    own = AutoModelForSequenceClassification.from_pretrained(tuned).eval()
+    for rows in (texts, pairs):
+        batch = FAMILY.preprocessor(base)([Example(row, None, "") for row in rows])
+        with torch.inference_mode():
+            found = FAMILY.logits(FAMILY.load(tuned), batch, head)
+            alone = [own(**tokenizer(*row, return_tensors="pt")).logits[0] for row in rows]
+        expected = torch.stack(alone)[:, [2, 0, 1]]
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_decoder_is_proposed_as_a_language_model_only(tmp_path: Path) -> None:
+    base = tiny_decoder(tmp_path / "base", "gpt2")
+    assert proposal(model_kind(base), base) == "write `family: causal-lm` into the line file"
 
 
 def bert_generation(folder: Path) -> Path:

@@ -8,6 +8,7 @@ import pytest
 
 from restitch.merging.errors import BadInput, Damage, Unavailable
 from restitch.registry.home import Home
+from restitch.registry.sources.hub import is_read, sizes_on_hub
 from restitch.registry.sources.resolve import Source, copy_into_store, pin_data, resolve_source
 from tests.hub_server import fake_hub
 from tests.registry.builders import home_with_mlflow
@@ -126,6 +127,22 @@ class TestHub:
         assert hub.requests == []
         hub.stop()
         assert resolve_source(f"org/model@{sha}", home) == found
+
+    def test_sizes_are_those_that_the_hub_lists(self, hub, home, monkeypatch):
+        hub.commit("org/model", MODEL | {"onnx/model.onnx": b"large"})
+        hub.commit("org/rows", {"data/test.jsonl": b"{}"}, kind="datasets")
+        sizes = sizes_on_hub("org/model", "model")
+        assert sizes == {name: len(data) for name, data in MODEL.items()} | {"onnx/model.onnx": 5}
+        assert not is_read("onnx/model.onnx")
+        assert all(map(is_read, MODEL))
+        assert sizes_on_hub("org/rows", "dataset") == {"data/test.jsonl": 2}
+        with pytest.raises(BadInput, match="org/gone"):
+            sizes_on_hub("org/gone", "dataset")
+        resolve_source("org/model", home)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert sizes_on_hub("org/model", "model") == {}
+        with pytest.raises(Unavailable):
+            sizes_on_hub("org/rows", "dataset")
 
     def test_a_branch_and_a_tag_are_pinned_too(self, hub, home):
         sha = hub.commit("org/model", MODEL, branch="v1")
