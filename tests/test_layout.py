@@ -178,6 +178,12 @@ def test_the_wheel_lists_every_package() -> None:
     assert folders == {"restitch": "restitch"} | DATA | code
 
 
+def test_the_image_has_every_folder_of_the_package() -> None:
+    copied = (ROOT / "deployments" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    for folder in ("restitch", *PACKAGES, *DATA.values()):
+        assert f"COPY {folder} {folder}" in copied
+
+
 def test_merging_needs_only_tensors() -> None:
     for path in modules("merging"):
         foreign = {name.partition(".")[0] for name in imported(path)} - MERGING_MAY_USE

@@ -126,7 +126,11 @@ def paper_plan(plan: Values, out: Console) -> None:
         write(out, f"    {task}: {source}")
     tuned = ", tuned on validation rows" if plan["tuned"] else ""
     write(out, f"  methods: {', '.join(plan['methods'])}{tuned}")
-    for name, title in (("disk", "disk space"), ("memory", f"memory on {plan['device']}")):
+    titles = {
+        "disk": "disk space",
+        "memory": f"memory on {plan['device']}, without the activations of a batch",
+    }
+    for name, title in titles.items():
         total = sum(part["size"] for part in plan[name])
         write(out, f"  {title}: at most {size(total)}, {size(plan[f'{name}_free'])} free")
         for part in plan[name]:
@@ -142,7 +146,6 @@ def paper_plan(plan: Values, out: Console) -> None:
         "    rows: the test rows by all models and methods, from the beginning; fetching, "
         "statistics and merging are not in it",
     )
-    write(out, "    memory: in addition, the activations of a batch, and the libraries")
     if done:
         write(out, "  what is done already needs nothing again")
     if sum(part["size"] for part in plan["disk"]) > plan["disk_free"]:
