@@ -14,7 +14,7 @@ from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.pretrained import load_tokenizer
 
-# What files of encoders may carry before all of their names.
+# What files of encoders and decoders may carry before all of their names.
 PREFIXES = (
     "model.",
     "bert.",
@@ -24,6 +24,7 @@ PREFIXES = (
     "electra.",
     "deberta.",
     "albert.",
+    "transformer.",
 )
 # The transformer blocks in the layouts that encoders have, with or without a prefix.
 _BLOCKS = (

@@ -8,7 +8,7 @@ answers of the base, so that accuracies and retention are not zero.
 
 import io
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def _masked(folder: Path, paper: Paper) -> Path:
     return tiny_masked(folder, max_length=96, known=(*WORDS, *sorted(answers)))
 
 
-_BASES = {
+_BASES: dict[str, Callable[[Path, Paper], Path]] = {
     "clip": lambda folder, _: tiny_clip(folder),
     "text-classifier": lambda folder, _: tiny_decoder(folder, "gpt2"),
     "masked-lm": _masked,
@@ -137,7 +137,9 @@ def _add_rows(data: dict[str, Repository], spec: TaskSpec, test: Targets, family
     name, _, config = rows.path.partition(":")
     repository = data.setdefault(name, Repository())
     assert rows.test is not None
-    splits = {rows.test: (test.classes, test.images)}
+    splits: dict[str, tuple[Sequence[int], Sequence[Any]]] = {
+        rows.test: (test.classes, test.images)
+    }
     if rows.train is not None:
         count = max(2 * _class_count(spec), 12)
         targets = [index // 2 % max(_class_count(spec), 1) for index in range(count)]

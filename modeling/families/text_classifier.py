@@ -36,7 +36,7 @@ class TextClassifier(Classifier):
     name = "text-classifier"
     summary = "the class of the task's own classification head"
     version = 1
-    prefixes = (*PREFIXES, "transformer.")
+    prefixes = PREFIXES
     localizable = BLOCKS
     task_heads = ClassifierHeads(
         "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"

@@ -43,7 +43,7 @@ def test_two_layers_are_scaled_to_all(tmp_path: Path, monkeypatch: pytest.Monkey
     """A clock that goes on by a second with each call."""
     monkeypatch.setattr(module, "_SECONDS", 0.0)
     ticks = iter(range(1000))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("restitch.modeling.short_pass.time.perf_counter", lambda: next(ticks))
     found = short_pass(tiny_masked(tmp_path / "two"), "text", torch.device("cpu"))
     seconds = found.row * found.rows
     monkeypatch.setattr(module, "_LAYERS", 1)
