@@ -8,7 +8,9 @@ their own:
 - `rows`: with a task of choices, 50 rows, once with `compute: float32` and once with `bfloat16`;
 - `masks` and `subspaces`: with a task without data, which is localized, merged and published, and
   not evaluated. What a tiny model needs for the same, which is Python with its libraries, is
-  subtracted.
+  subtracted;
+- `grams`: with the task of choices; then the Gram matrices of the inputs of all linear layers are
+  measured in processes of their own, part by part, and as a reference with the whole model.
 
 Memory is the peak of anonymous pages (`RssAnon`) of the whole process, sampled every few
 milliseconds. Mapped files do not count: the system reclaims their pages.
@@ -21,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +47,38 @@ from benchmarks.speed import (
     make_models,
     show,
 )
+from restitch.merging.files.checkpoint import Checkpoint
 
 ROWS = 50
 HEAD = 64  # the width of an attention head
 MODEL = "tuned"
 SIZES = ("large", "tiny")
-PARTS = ("rows", "masks", "subspaces")
+PARTS = ("rows", "masks", "subspaces", "grams")
+GRAM_LIMIT = 1.5e9  # bytes
+# Measures the Gram matrices of the one model of a line, as `register` does.
+GRAMS = """
+import sys, time
+from pathlib import Path
+from restitch.flows.promotion.versions import member_of
+from restitch.merging.errors import BadInput
+from restitch.registry.ledger.ledger import Ledger
+from restitch.tasks import statistics
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import workspace
+
+def whole(*_):
+    raise BadInput("the reference")
+
+file, mode = sys.argv[1:]
+if mode == "whole":
+    statistics.streamed_base = whole
+space = workspace()
+state = Ledger(space.objects, "memory").state()
+statistic = statistics.Statistic(statistics.GRAM, (member_of(state, "parity", 1),))
+began = time.perf_counter()
+statistics.write_statistic_of(Path(file), LineRef(state.spec, state.base), statistic, space)
+print(time.perf_counter() - began)
+"""
 
 
 @dataclass(frozen=True)
@@ -133,32 +162,40 @@ def choice_task(folder: Path) -> dict[str, Any]:
 
 def register(folder: Path, task: Mapping[str, Any], **line: Any) -> Run:
     """Run `restitch register` in a fresh home on the models of a folder, and watch its memory."""
+    with registered(folder, task, **line) as (_, run):
+        return run
+
+
+@contextmanager
+def registered(folder: Path, task: Mapping[str, Any], **line: Any) -> Iterator[tuple[Path, Run]]:
+    """A fresh home where the finetuned model of a folder is registered, within a block."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="home-") as home:
         values = {"line": "memory", "base": str(folder / "base"), "family": "causal-lm"}
         files = {"line": {**values, "method": "localize-and-stitch", **line}, "task": dict(task)}
         for name, content in files.items():
             text = yaml.safe_dump(content, sort_keys=False)
             (Path(home) / f"{name}.yaml").write_text(text, encoding="utf-8")
-        environment = {**os.environ, "RESTITCH_HOME": home, "RESTITCH_DEVICE": "cpu"}
-        command = [sys.executable, "-c", "from restitch.cli.main import main; main()"]
-        file = Path(home) / "line.yaml"
-        subprocess.run([*command, "init", file], env=environment, check=True, capture_output=True)
+        start = [sys.executable, "-c", "from restitch.cli.main import main; main()"]
+        run_in_home([*start, "init", Path(home) / "line.yaml"], Path(home))
         options = ["--task", Path(home) / "task.yaml", "--model", folder / MODEL]
         # Random weights have no skill.
         options += ["--accept-no-gain", "--reason", "benchmark"]
-        log = Path(home) / "log"
-        began = time.perf_counter()
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [*command, "register", "memory", *map(str, options)],
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-            peak = watched(process)
-        if process.returncode:
-            raise SystemExit(log.read_text(encoding="utf-8"))
-        return Run(peak, time.perf_counter() - began)
+        yield Path(home), run_in_home([*start, "register", "memory", *options], Path(home))
+
+
+def run_in_home(command: Sequence[object], home: Path) -> Run:
+    """Run a process in a home, and watch its memory."""
+    environment = {**os.environ, "RESTITCH_HOME": str(home), "RESTITCH_DEVICE": "cpu"}
+    log = home / "log"
+    began = time.perf_counter()
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=out, stderr=subprocess.STDOUT
+        )
+        peak = watched(process)
+    if process.returncode:
+        raise SystemExit(log.read_text(encoding="utf-8"))
+    return Run(peak, time.perf_counter() - began)
 
 
 def watched(process: subprocess.Popen[bytes]) -> int:
@@ -202,6 +239,32 @@ def without_data(folder: Path, what: str, most: float, **line: Any) -> list[Figu
     ]
 
 
+def with_grams(folder: Path) -> list[Figure]:
+    """Measure Gram matrices part by part and with the whole model, and compare them."""
+    task = choice_task(folder / "rows-of-grams")
+    runs, files = {}, {name: folder / f"{name}.safetensors" for name in ("parts", "whole")}
+    with registered(folder / "large", task, localize={"mode": "dataless"}) as (home, _):
+        for name, file in files.items():
+            runs[name] = run_in_home([sys.executable, "-c", GRAMS, file, name], home)
+    apart = largest_difference(*map(Checkpoint.open, files.values()))
+    size = files["parts"].stat().st_size
+    return [
+        Figure("grams: the matrices in a file", size / 1e9, "GB"),
+        Figure("grams: part by part", runs["parts"].peak / 1e9, "GB", GRAM_LIMIT / 1e9),
+        Figure("grams: with the whole model in float32", runs["whole"].peak / 1e9, "GB"),
+        Figure("grams: part by part, time", runs["parts"].seconds, "s"),
+        Figure("grams: with the whole model, time", runs["whole"].seconds, "s"),
+        Figure("grams: largest difference, of a matrix's largest entry", apart, "x", 1e-5),
+    ]
+
+
+def largest_difference(one: Checkpoint, other: Checkpoint) -> float:
+    """The largest difference of two statistics, relative to the largest entry of its tensor."""
+    assert one.names == other.names
+    pairs = ((one.tensor(name), other.tensor(name)) for name in one.names)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
 def measure(
     folder: Path, params: float, mode: str, parts: Sequence[str], console: Console
 ) -> list[Figure]:
@@ -220,6 +283,7 @@ def measure(
         "subspaces": lambda: without_data(
             folder, "subspaces", 1.0, method="tsv-m", localize={"mode": "subspace"}
         ),
+        "grams": lambda: with_grams(folder),
     }
     figures = [Figure("float32 model", 4 * numbers / 1e9, "GB")]
     for part in parts:

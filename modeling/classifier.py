@@ -69,7 +69,9 @@ class Classifier(Family):
             ours.to_dict(), theirs.to_dict(), ignore=_UNREAD | self.unread, known=known_keys(ours)
         )
 
-    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load(
+        self, folder: Path, dtype: torch.dtype = torch.float32, *, empty: bool = False
+    ) -> nn.Module:
         """Load the classification class; its head has no values that are used."""
         lacking = self.lacks(folder)
         if lacking is not None:
@@ -82,6 +84,7 @@ class Classifier(Family):
             required=self.localizable,
             optional=layout.shapes,
             dtype=dtype,
+            empty=empty,
         )
         body = {name: own for name, own in loaded.names.items() if own not in layout.shapes}
         return NamedModel(loaded.inner, body, folder).eval()

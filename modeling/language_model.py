@@ -32,7 +32,9 @@ class LanguageModel(Family):
     modality: Modality = "text"
     reads_prompts = True
 
-    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load(
+        self, folder: Path, dtype: torch.dtype = torch.float32, *, empty: bool = False
+    ) -> nn.Module:
         """Load the language model in a folder."""
         import transformers
 
@@ -49,6 +51,7 @@ class LanguageModel(Family):
             prefixes=self.prefixes,
             required=self.localizable,
             dtype=dtype,
+            empty=empty,
         )
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:

@@ -39,6 +39,9 @@ _ASSETS = (
     "vocab.json",
     "vocab.txt",
 )
+# Not the configuration's choice, which may name a kernel to fetch and run. Every architecture has
+# this one, and its gradients are the same bits every time.
+_ATTENTION = "eager"
 # The settings for generation.
 GENERATION = "generation_config.json"
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
@@ -112,6 +115,7 @@ def load_pretrained(
     required: Sequence[str],
     dtype: torch.dtype = torch.float32,
     optional: Collection[str] = (),
+    empty: bool = False,
 ) -> NamedModel:
     """Load a folder as a model of `auto_class`, in evaluation mode.
 
@@ -122,6 +126,7 @@ def load_pretrained(
         required: globs; a tensor of the file that matches must exist in the model.
         dtype: the type of the weights.
         optional: tensors of the model that the file may lack.
+        empty: leave the weights of the file out; they are on the meta device.
 
     Raises:
         BadInput: the folder cannot be read as such a model; lists the tensors that do not fit.
@@ -138,32 +143,23 @@ def load_pretrained(
     # The errors below say what does not fit.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    make = _without_weights if empty else _with_weights
     try:
-        inner, report = auto_class.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            # Not the configuration's choice, which may name a kernel to fetch and run. Every
-            # architecture has this one, and its gradients are the same bits every time.
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
+        inner, lacking = make(auto_class, folder, config, dtype)
     except Exception as error:  # files of somebody else can raise any error
         raise BadInput(f"{folder} cannot be loaded as a model", found=error) from error
     inner.requires_grad_(False)
-    missing = sorted(
-        name for name in report["missing_keys"] if "pooler." not in name and name not in optional
-    )
+    names = named_tensors(inner, file, prefixes)
+    if empty:
+        lacking = _tied(inner, names, file)
+        _fill_up(inner, names, file, {*optional, *lacking})
+    missing = sorted(name for name in lacking if "pooler." not in name and name not in optional)
     if missing:
         raise BadInput(
             f"{folder} lacks {len(missing)} tensors that its config.json asks for",
             details=missing,
             hint="save the whole model, not a part of it",
         )
-    names = named_tensors(inner, file, prefixes)
     unknown = [n for n in file.names if n not in names and any(fnmatchcase(n, g) for g in required)]
     if unknown and _joins_tensors(inner):
         raise BadInput(
@@ -180,6 +176,76 @@ def load_pretrained(
             hint="check that config.json belongs to these weights",
         )
     return NamedModel(inner, names, folder).eval()
+
+
+def _with_weights(
+    auto_class: Any, folder: Path, config: Any, dtype: torch.dtype
+) -> tuple[Any, Collection[str]]:
+    """The model in a folder, and the tensors that its file lacks."""
+    inner, report = auto_class.from_pretrained(
+        str(folder),
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        attn_implementation=_ATTENTION,
+        output_loading_info=True,
+    )
+    return inner, report["missing_keys"]
+
+
+def _without_weights(
+    auto_class: Any, _: Path, config: Any, dtype: torch.dtype
+) -> tuple[Any, Collection[str]]:
+    """The model of a configuration, with parameters on the meta device."""
+    from accelerate import init_empty_weights
+
+    # One that chooses the class by the configuration, or the class itself.
+    make = getattr(auto_class, "from_config", None) or auto_class._from_config
+    with init_empty_weights(include_buffers=False):
+        inner = make(config, dtype=dtype, attn_implementation=_ATTENTION)
+    if inner._get_dtype_plan(dtype):
+        raise ValueError(f"some of its weights are not in {dtype}")
+    return inner, ()
+
+
+def _tied(inner: Any, names: Mapping[str, str], file: Checkpoint) -> set[str]:
+    """Tie the weights of a model without weights where `from_pretrained` does.
+
+    If the file holds both of two weights, they are tied only if they are equal.
+
+    Returns:
+        The tensors of the model that the file lacks.
+    """
+    held = {own: name for name, own in names.items()}
+    lacking = set(inner.state_dict()) - held.keys()
+    inner.tie_weights(missing_keys=lacking, recompute_mapping=False)
+    for own, source in inner.all_tied_weights_keys.items():
+        if {own, source} <= held.keys() and torch.equal(
+            *(file.tensor(held[each]) for each in (own, source))
+        ):
+            _set_parameter(inner, own, inner.get_parameter(source))
+    return lacking
+
+
+def _fill_up(
+    inner: Any, names: Mapping[str, str], file: Checkpoint, unread: Collection[str]
+) -> None:
+    """Give a model without weights its buffers, and zeros in place of weights that are not read."""
+    live = inner.state_dict(keep_vars=True)
+    for own in live.keys() & frozenset(unread):
+        if live[own].is_meta:
+            zeros = torch.zeros_like(live[own], device="cpu")
+            _set_parameter(inner, own, nn.Parameter(zeros, requires_grad=False))
+    for name, own in names.items():
+        if own in live and not live[own].is_meta:
+            live[own].copy_(file.tensor(name))
+
+
+def _set_parameter(inner: nn.Module, name: str, value: nn.Parameter) -> None:
+    module, _, last = name.rpartition(".")
+    setattr(inner.get_submodule(module), last, value)
 
 
 def named_tensors(model: Any, file: Checkpoint, prefixes: Sequence[str]) -> dict[str, str]:

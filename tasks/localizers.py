@@ -162,9 +162,12 @@ class Calibration:
 
     def opened(self, step: str, holds: Sequence[Part]) -> "OpenCalibration":
         """Load the rows, the head and the live base; see `live_base` for the arguments."""
+        return self.opened_on(live_base(self.base, step, holds))
+
+    def opened_on(self, live: LiveBase) -> "OpenCalibration":
+        """Load the rows and the head for a live base."""
         data = verified_data(self.task, self.base.family)
         rows = data.calibration(self.choice.shots, self.choice.seed)
-        live = live_base(self.base, step, holds)
         return OpenCalibration.of(live, rows, self.task, self.model, self.space)
 
 
@@ -182,8 +185,9 @@ class OpenCalibration:
         cls, live: LiveBase, rows: Rows, task: TaskSpec, model: ModelRef, space: Workspace
     ) -> "OpenCalibration":
         """Load the head while the live base has its own weights."""
-        base = live.base
-        head = task_head(task, base, live, model, space)
+        base, heads = live.base, []
+        live.run([lambda: heads.append(task_head(task, base, live, model, space))])
+        (head,) = heads
         return cls(live, rows, head, base.family.preprocessor(base.folder, head.spec.most_read))
 
     def batch(self, indices: Sequence[int]) -> Batch:

@@ -8,12 +8,12 @@ and the recipe names its digest.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
@@ -27,15 +27,22 @@ from restitch.merging.statistics.entropy_coefficients import CoefficientSettings
 from restitch.merging.statistics.fisher_diagonal import VERSION as FISHER_VERSION
 from restitch.merging.statistics.fisher_diagonal import mean_of, measure_fisher
 from restitch.merging.statistics.grams import VERSION as GRAM_VERSION
-from restitch.merging.statistics.grams import measure_grams
-from restitch.merging.statistics.statistic_file import COEFFICIENTS, FISHER, GRAM, write_statistic
+from restitch.merging.statistics.grams import gram_forms, measure_grams
+from restitch.merging.statistics.statistic_file import (
+    COEFFICIENTS,
+    FISHER,
+    GRAM,
+    new_statistic,
+    write_statistic,
+)
 from restitch.modeling.weights import linear_layers, restore
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
-from restitch.tasks.inputs.checkpoints import Base, device, live_base, open_base
+from restitch.tasks.inputs.checkpoints import Base, LiveBase, device, live_base, open_base
+from restitch.tasks.inputs.streamed_base import streamed_base
 from restitch.tasks.localizers import Calibration, OpenCalibration
-from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.free_memory import Part
 from restitch.tasks.runtime.refs import LineRef, StatisticRef
@@ -208,28 +215,70 @@ def write_statistic_of(file: Path, line: LineRef, statistic: Statistic, space: W
     base = open_base(line, space)
     paths = [space.objects.blob_path(_delta(member)) for member in statistic.members]
     deltas = [open_delta(path, base.checkpoint) for path in paths]
-    step, holds = f"measure {statistic.name}", _holds(statistic.kind, base, deltas)
-    opened = [
-        _calibration(line, member, base, space).opened(step, holds) for member in statistic.members
-    ]
-    function = {FISHER: _fisher, GRAM: _gram, COEFFICIENTS: _coefficients}[statistic.kind]
-    tensors, metadata = function(line, base, deltas, opened)
     origin = {"base": base.ref.weights}
     if statistic.kind != COEFFICIENTS:
         origin["delta"] = _delta(statistic.members[0])
+    calibrations = [_calibration(line, member, base, space) for member in statistic.members]
+    step = f"measure {statistic.name}"
+    if statistic.kind == GRAM:
+        (calibration,), (delta,) = calibrations, deltas
+        return _write_grams(file, step, calibration, delta, origin)
+    holds = _holds(statistic.kind, base, deltas)
+    opened = [calibration.opened(step, holds) for calibration in calibrations]
+    function = {FISHER: _fisher, COEFFICIENTS: _coefficients}[statistic.kind]
+    tensors, metadata = function(line, base, deltas, opened)
     write_statistic(file, statistic.kind, tensors, origin | metadata)
     return sum(len(on.rows) for on in opened)
 
 
 def _holds(kind: str, base: Base, deltas: Sequence[Delta]) -> list[Part]:
-    """What measuring holds in addition to the live model, as far as it is known before."""
+    """What measuring holds in addition to the live model."""
     names = {name for delta in deltas for name in delta.names}
     coordinates = sum(base.checkpoint.info(name).numel for name in names)
     if kind == FISHER:
         return [Part("the diagonal", 4 * coordinates)]
-    if kind == COEFFICIENTS:
-        return [Part("the task vectors", 4 * coordinates * (1 + len(deltas)))]
-    return []
+    return [Part("the task vectors", 4 * coordinates * (1 + len(deltas)))]
+
+
+def _write_grams(
+    file: Path, step: str, calibration: Calibration, delta: Delta, origin: Mapping[str, str]
+) -> int:
+    """Write the Gram matrices of a member; return the number of calibration rows.
+
+    The model is read part by part. If it cannot be, it is loaded as a whole, and all matrices are
+    in memory at once.
+    """
+    base = calibration.base
+    try:
+        streamed = streamed_base(base, step, file.parent)
+        return _grams(file, calibration.opened_on(streamed), delta, origin)
+    except BadInput as error:
+        warn(f"the whole model is loaded to {step}: {error.summary}")
+    on = calibration.opened(step, ())
+    size = sum(4 * layer.in_features**2 for layer in _linear(on.live, delta).values())
+    live_base(base, step, [Part("the matrices", size)])
+    return _grams(file, on, delta, origin)
+
+
+def _grams(file: Path, on: OpenCalibration, delta: Delta, origin: Mapping[str, str]) -> int:
+    layers = _linear(on.live, delta)
+    grams = new_statistic(file, GRAM, gram_forms(layers), origin)
+
+    def run(rows: Sequence[int], stored: Callable[[], None]) -> None:
+        passes = [lambda row=row: on.logits(on.batch([row])) for row in rows]
+        with on.live.edited(delta), working("measuring Gram matrices") as progress:
+            on.live.run(passes, stored, progress)
+
+    seen = measure_grams(layers, len(on.rows), run, grams)
+    if len(seen) < len(grams):
+        write_statistic(file, GRAM, {name: grams[name].clone() for name in seen}, origin)
+    return len(on.rows)
+
+
+def _linear(live: LiveBase, delta: Delta) -> dict[str, nn.Linear]:
+    """The linear layers whose weights a delta changes."""
+    layers = linear_layers(live.model, live.parameters)
+    return {name: layer for name, layer in layers.items() if name in delta}
 
 
 Measured = tuple[dict[str, Tensor], dict[str, str]]
@@ -250,21 +299,6 @@ def _fisher(
             progress=progress,
         )
     return tensors, {"mean": repr(mean_of(tensors))}
-
-
-def _gram(
-    _: LineRef, _base: Base, deltas: Sequence[Delta], opened: Sequence[OpenCalibration]
-) -> Measured:
-    (delta,), (on,) = deltas, opened
-    layers = linear_layers(on.live.model, on.live.parameters)
-    chosen = {name: layer for name, layer in layers.items() if name in delta}
-    size = sum(4 * layer.in_features**2 for layer in chosen.values())
-    live_base(on.live.base, "measure Gram matrices", [Part("the matrices", size)])
-    with on.live.edited(delta), working("measuring Gram matrices") as progress:
-        tensors = measure_grams(
-            chosen, len(on.rows), lambda row: on.logits(on.batch([row])), progress=progress
-        )
-    return tensors, {}
 
 
 def _coefficients(

@@ -5,7 +5,7 @@ model one by one, so that none is padded. Summed and stored in float32. A Gram m
 so only its upper triangle is stored.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -14,44 +14,50 @@ import torch
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
-from restitch.merging.progress import Progress, ignore
 from restitch.merging.statistics.statistic_file import GRAM, check_finite
 
 VERSION = 1
 MOST_ROWS = 1600
 
+# Sends rows through a model, by their indices; the call is made when layers have seen all of them.
+Run = Callable[[Sequence[int], Callable[[], None]], None]
+
+
+def gram_forms(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The type and shape of the packed Gram matrix of each layer."""
+    sizes = {name: layer.in_features for name, layer in layers.items()}
+    return {name: (torch.float32, (size * (size + 1) // 2,)) for name, size in sizes.items()}
+
 
 def measure_grams(
-    layers: Mapping[str, nn.Module],
-    rows: int,
-    forward: Callable[[int], object],
-    *,
-    progress: Progress = ignore,
-) -> dict[str, Tensor]:
+    layers: Mapping[str, nn.Module], rows: int, run: Run, grams: Mapping[str, Tensor]
+) -> list[str]:
     """Measure the Gram matrices of layers, in the packed form of `packed`.
 
     Args:
         layers: the layers by the name of their weight.
         rows: the number of rows; at most the first `MOST_ROWS` are used.
-        forward: sends a row through the model, by its index.
-        progress: called with the rows done and the total.
+        run: sends rows through the model. Matrices are in memory until it calls.
+        grams: receives the matrices, in the forms of `gram_forms`.
+
+    Returns:
+        The names of the layers that the rows went through.
 
     Raises:
         BadInput: there are no rows, or an input is not finite.
     """
     if rows < 1:
         raise BadInput("there are no rows to measure Gram matrices on", expected="at least one row")
-    sums: dict[str, tuple[Tensor, int]] = {}
-    count = min(rows, MOST_ROWS)
+    sums = _Sums(grams)
     with ExitStack() as hooks, torch.no_grad():
         for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(partial(_add, sums, name)))
-        for row in range(count):
-            forward(row)
-            progress(row + 1, count)
-    grams = {name: (total / inputs).cpu() for name, (total, inputs) in sums.items()}
-    check_finite(GRAM, grams)
-    return {name: packed(gram) for name, gram in grams.items()}
+            hooks.enter_context(layer.register_forward_pre_hook(partial(sums.add, name)))
+        run(range(min(rows, MOST_ROWS)), sums.store)
+    sums.store()
+    for name, count in sums.counts.items():
+        grams[name].div_(count)
+        check_finite(GRAM, {name: grams[name]})
+    return list(sums.counts)
 
 
 def packed(gram: Tensor) -> Tensor:
@@ -81,8 +87,25 @@ def unpacked(values: Tensor, size: int) -> Tensor:
     return gram
 
 
-def _add(sums: dict[str, tuple[Tensor, int]], name: str, _: nn.Module, args: Any) -> None:
-    inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-    product = inputs.mT @ inputs
-    total, count = sums.get(name, (None, 0))
-    sums[name] = (product if total is None else total.add_(product), count + len(inputs))
+class _Sums:
+    """The sums of some layers in memory, and of all others in the packed matrices."""
+
+    def __init__(self, grams: Mapping[str, Tensor]) -> None:
+        self.counts: dict[str, int] = {}
+        self._grams = grams
+        self._stored: set[str] = set()
+        self._open: dict[str, Tensor] = {}
+
+    def add(self, name: str, _: nn.Module, args: Any) -> None:
+        """Add the products of the inputs of a layer."""
+        inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        product = inputs.mT @ inputs
+        self._open[name] = self._open[name].add_(product) if name in self._open else product
+        self.counts[name] = self.counts.get(name, 0) + len(inputs)
+
+    def store(self) -> None:
+        """Add what is in memory to the packed matrices."""
+        for name in list(self._open):
+            values, kept = packed(self._open.pop(name)), self._grams[name]
+            kept.copy_(kept + values.to(kept.device) if name in self._stored else values)
+            self._stored.add(name)

@@ -8,12 +8,13 @@ statistics have equal bytes.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from restitch.merging.errors import BadInput, Damage, RestitchError
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.header import write_header
+from restitch.merging.files.header import count_elements, write_header
 from restitch.merging.order import by_bytes
 from restitch.merging.rules.stitch import DeltaMember
 
@@ -34,14 +35,41 @@ def write_statistic(
         tensors: by name, on any device.
         metadata: the digest of `base` and, for a statistic of one member, of `delta`.
     """
-    names = sorted(tensors, key=by_bytes)
-    entries = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names]
+    forms = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for name, mapped in new_statistic(path, kind, forms, metadata).items():
+        mapped.copy_(tensors[name].detach())
+
+
+def new_statistic(
+    path: Path,
+    kind: str,
+    forms: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """Write a statistic whose entries are 0, and are measured later.
+
+    Args:
+        path: the file.
+        kind: `FISHER`, `GRAM` or `COEFFICIENTS`.
+        forms: the type and shape of each tensor by name; types of one size.
+        metadata: as of `write_statistic`.
+
+    Returns:
+        The tensors of the file itself: it has what is written to them.
+    """
+    entries = [(name, *forms[name]) for name in sorted(forms, key=by_bytes)]
     # Without the safetensors library, which does not sort the metadata.
+    header = write_header(entries, dict(sorted({**metadata, _KIND: kind}.items())))
+    sizes = [count_elements(shape) * dtype.itemsize for _, dtype, shape in entries]
     with path.open("wb") as file:
-        file.write(write_header(entries, dict(sorted({**metadata, _KIND: kind}.items()))))
-        for name in names:
-            plain = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(plain.view(torch.uint8).numpy().data)
+        file.write(header)
+        file.truncate(len(header) + sum(sizes))
+    plain = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r+"))
+    flat = torch.split(plain[len(header) :], sizes)
+    return {
+        name: one.view(dtype).view(shape)
+        for one, (name, dtype, shape) in zip(flat, entries, strict=True)
+    }
 
 
 def open_statistic(path: Path, kind: str, subjects: Mapping[str, str]) -> Checkpoint:

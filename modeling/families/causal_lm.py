@@ -96,9 +96,11 @@ class CausalLm(LanguageModel):
             known=known_keys(ours),
         )
 
-    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load(
+        self, folder: Path, dtype: torch.dtype = torch.float32, *, empty: bool = False
+    ) -> nn.Module:
         """Load the language model in a folder."""
-        found = super().load(folder, dtype)
+        found = super().load(folder, dtype, empty=empty)
         head = NamedModel.of(found).inner.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_contiguous)

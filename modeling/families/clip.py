@@ -96,7 +96,9 @@ class Clip(Family):
             )
         return keys
 
-    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load(
+        self, folder: Path, dtype: torch.dtype = torch.float32, *, empty: bool = False
+    ) -> nn.Module:
         """Load the whole model in a folder."""
         from transformers import AutoModel
 
@@ -109,7 +111,12 @@ class Clip(Family):
                 hint="the base needs both towers; a finetuned model may be the vision tower alone",
             )
         return load_pretrained(
-            folder, AutoModel, prefixes=self.prefixes, required=self.localizable, dtype=dtype
+            folder,
+            AutoModel,
+            prefixes=self.prefixes,
+            required=self.localizable,
+            dtype=dtype,
+            empty=empty,
         )
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:

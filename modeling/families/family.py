@@ -94,7 +94,9 @@ class Family(Protocol):
         """
         return None
 
-    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load(
+        self, folder: Path, dtype: torch.dtype = torch.float32, *, empty: bool = False
+    ) -> nn.Module:
         """The model in a folder: evaluation mode, from safetensors only.
 
         Args:
@@ -102,6 +104,8 @@ class Family(Protocol):
             dtype: the type of all weights, float32 or bfloat16; normalized features, losses and
                 scores are float32 nevertheless. A family without this argument is used in float32
                 only.
+            empty: leave the weights out: they are on the meta device, and `parameters` lists them.
+                A family without this argument is always loaded as a whole.
         """
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
@@ -212,6 +216,11 @@ def get_family(name: str) -> Family:
 def loads_in_any_type(family: Family) -> bool:
     """True if a family loads models in other types than float32, too."""
     return "dtype" in signature(family.load).parameters
+
+
+def loads_without_weights(family: Family) -> bool:
+    """True if a family makes models whose weights are read later."""
+    return "empty" in signature(family.load).parameters
 
 
 def _files() -> dict[str, str]:

@@ -254,21 +254,28 @@ def _likelihoods(model: nn.Module, batch: Batch, answers: Answers) -> Tensor:
     places, lengths = batch["mask"], batch["prompt_length"]
     tokens = batch["prompt"]
     inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
-    with _head_at(inner, places):
+    with _head_at(inner, tokens, places):
         logits = inner(input_ids=tokens, attention_mask=inside.long()).logits
     at_mask = logits[:, 0] if logits.shape[1] == 1 else logits[torch.arange(len(places)), places]
     return log_probabilities(at_mask[answers.rows], answers.tokens[:, 0])
 
 
 @contextmanager
-def _head_at(inner: Any, places: Tensor) -> Iterator[None]:
-    """Apply the head of a model at one place of each row only, within a block."""
+def _head_at(inner: Any, tokens: Tensor, places: Tensor) -> Iterator[None]:
+    """Apply the head of a model at one place of each row of tokens only, within a block.
+
+    Other tokens may go through the model at the same time.
+    """
     encoder = inner.base_model
     if encoder is inner:
         yield
         return
 
-    def select(_module: nn.Module, _given: object, output: Any) -> Any:
+    def select(
+        _module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> Any:
+        if not any(one is tokens for one in (*given, *named.values())):
+            return output
         hidden = output[0]
         at_mask = hidden[torch.arange(len(places), device=hidden.device), places].unsqueeze(1)
         if isinstance(output, tuple):
@@ -276,7 +283,7 @@ def _head_at(inner: Any, places: Tensor) -> Iterator[None]:
         output["last_hidden_state"] = at_mask
         return output
 
-    handle = encoder.register_forward_hook(select)
+    handle = encoder.register_forward_hook(select, with_kwargs=True)
     try:
         yield
     finally:

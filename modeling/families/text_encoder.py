@@ -49,7 +49,9 @@ class TextEncoder(Family):
             ours.to_dict(), theirs.to_dict(), known=known_keys(ours)
         )
 
-    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load(
+        self, folder: Path, dtype: torch.dtype = torch.float32, *, empty: bool = False
+    ) -> nn.Module:
         """Load the encoder in a folder."""
         from transformers import AutoModel, AutoModelForTextEncoding
 
@@ -58,7 +60,12 @@ class TextEncoder(Family):
             raise BadInput(f"{folder} is a model with a decoder", expected="an encoder alone")
         auto_class = AutoModelForTextEncoding if model.encoder_half else AutoModel
         return load_pretrained(
-            folder, auto_class, prefixes=self.prefixes, required=self.localizable, dtype=dtype
+            folder,
+            auto_class,
+            prefixes=self.prefixes,
+            required=self.localizable,
+            dtype=dtype,
+            empty=empty,
         )
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ mapped file, tensor by tensor.
 """
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -27,11 +27,13 @@ from restitch.merging.files.coordinates import Selection, select_tensors
 from restitch.merging.files.delta import open_delta
 from restitch.merging.files.edits import Edits
 from restitch.merging.files.plain_weights import check_plain
+from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.configs import check_not_quantized, vocabulary_size
 from restitch.modeling.device import device as device
 from restitch.modeling.families.family import Family, get_family, loads_in_any_type
 from restitch.modeling.family_choice import check_base
+from restitch.modeling.part_by_part import Pass, nothing
 from restitch.modeling.weights import apply_edits, resized, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
@@ -446,6 +448,24 @@ class LiveBase:
         finally:
             restore(self.parameters, self.base.weights, edits.names)
 
+    def run(
+        self,
+        passes: Sequence[Pass],
+        done: Callable[[], None] = nothing,
+        progress: Progress = ignore,
+    ) -> None:
+        """Run passes through the model, one after the other.
+
+        Args:
+            passes: functions that run the model.
+            done: called when all passes have gone through a part of the model.
+            progress: called with the passes done and the total.
+        """
+        for number, one in enumerate(passes, 1):
+            one()
+            progress(number, len(passes))
+        done()
+
     def _put_on(self, weights: WeightsRef, space: Workspace, block: ExitStack) -> list[str]:
         """Set weights; returns the tensors to restore, without those that `block` restores."""
         if weights.kind == "base":
@@ -540,13 +560,18 @@ def live_base(base: Base, step: str, holds: Sequence[Part] = ()) -> LiveBase:
     key = (base.family.name, base.ref.weights, base.ref.config, base.compute_type, str(on))
     loaded = key in _live
     if not loaded and _live:
-        _live.clear()
-        gc.collect()  # models have cycles
+        drop_live_base()
     parts = [*([] if loaded else [_weights(base)]), *holds]
-    check_memory(step, parts, on, _more_memory(base, on))
+    check_memory(step, parts, on, more_memory(base, on))
     if not loaded:
         _live[key] = LiveBase(base, on)
     return _live[key].on(base)
+
+
+def drop_live_base() -> None:
+    """Free the memory of the loaded base; the next step that needs it loads it again."""
+    _live.clear()
+    gc.collect()  # models have cycles
 
 
 def check_compute(family: Family, compute: Compute) -> None:
@@ -572,7 +597,8 @@ def _weights(base: Base) -> Part:
     return Part(f"the weights in {base.compute_type}", size)
 
 
-def _more_memory(base: Base, on: torch.device) -> str:
+def more_memory(base: Base, on: torch.device) -> str:
+    """How a step can have more memory, for messages."""
     larger = "a larger GPU" if on.type == "cuda" else "more memory"
     worker = f"use a worker with {larger}"
     if base.compute_type == "float32" and loads_in_any_type(base.family):

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from restitch.cli.render.formats import size
+from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.recipe import Recipe
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.inventory import take_inventory
+from restitch.tasks.inputs import checkpoints
 from tests.conftest import NewHome
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
@@ -144,6 +146,46 @@ def test_statistics_are_measured_at_onboarding_and_a_remerge_only_combines_them(
     assert record(shell).members["colour"].facts.statistics_bytes == len(data)
     assert "statistics" in record(shell).timings
     assert "statistics" in shell("show", "demo").out
+
+
+def test_matrices_are_measured_part_by_part_with_the_bytes_of_the_whole_model(
+    world: World, new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = with_splits(world, tmp_path / "colour", "colour")
+    files = ("--task", file, "--model", world.model("colour"), "--no-remerge")
+    parts = line(new_home("parts"), world, tmp_path, "regmean")
+    assert "whole model" not in parts("register", "demo", *files).err
+
+    def refuse(*_: object) -> None:
+        raise BadInput("its layers share a cache")
+
+    monkeypatch.setattr("restitch.tasks.inputs.streamed_base.PartByPart", refuse)
+    whole = line(new_home("whole"), world, tmp_path, "regmean")
+    said = "the whole model is loaded to measure gram/colour: its layers share a cache"
+    assert said in whole("register", "demo", *files).err
+    one, other = (
+        shell.state().tasks["colour"].versions[1].facts.statistics for shell in (parts, whole)
+    )
+    assert one == other
+    assert one is not None
+
+
+def test_measuring_frees_a_loaded_model_that_leaves_too_little_memory(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line(shell, world, tmp_path, "regmean")
+    loaded: list[int] = []
+
+    def check(*_: object) -> None:
+        loaded.append(len(checkpoints._live))
+        if checkpoints._live:
+            raise Unavailable("there is not enough memory")
+
+    monkeypatch.setattr("restitch.tasks.inputs.streamed_base.check_memory", check)
+    file = with_splits(world, tmp_path / "colour", "colour")
+    shell("register", "demo", "--task", file, "--model", world.model("colour"), "--no-remerge")
+    assert loaded == [1, 0], "checked again without the model that evaluated the task"
+    assert keys(shell, "gram")
 
 
 def test_a_remerge_measures_missing_statistics_for_a_new_method(

@@ -4,6 +4,7 @@ A package with a family of its own copies this file: it imports only restitch, p
 See docs/how-to/add-a-family.md.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,26 @@ import torch
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import compare
 from restitch.merging.files.coordinates import select_tensors
-from restitch.merging.statistics.grams import measure_grams
+from restitch.merging.statistics.grams import Run, gram_forms, measure_grams
 from restitch.modeling.data.rows import Prompt, Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import evaluate
-from restitch.modeling.families.family import Family, loads_in_any_type
+from restitch.modeling.families.family import (
+    Family,
+    loads_in_any_type,
+    loads_without_weights,
+)
 from restitch.modeling.heads import Head
+from restitch.modeling.part_by_part import PartByPart
 from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import apply_edits, linear_layers, restore, set_weights
 from restitch.registry.specs.task import HeadSpec
+
+
+def grams_of(layers: Mapping[str, Any], rows: int, run: Run) -> dict[str, torch.Tensor]:
+    """The Gram matrices of the layers that rows go through, in memory."""
+    grams = {name: torch.zeros(shape) for name, (_, shape) in gram_forms(layers).items()}
+    return {name: grams[name] for name in measure_grams(layers, rows, run, grams)}
 
 
 class FamilyContract:
@@ -123,14 +135,47 @@ class FamilyContract:
         layers, file = linear_layers(model, family.parameters(model)), Checkpoint.open(base)
         matrices = {name for name in localizable if len(file.info(name).shape) == 2}
         assert matrices <= set(layers)
-        grams = measure_grams(
+        grams = grams_of(
             {name: layers[name] for name in matrices},
             1,
-            lambda _: family.logits(model, batch, head),
+            lambda rows, _: family.logits(model, batch, head),
         )
         for name in matrices:
             width = file.info(name).shape[1]
             assert grams[name].shape == (width * (width + 1) // 2,)
+
+    def test_rows_that_go_through_it_part_by_part_give_the_same_statistics(
+        self, family, base, model, head, rows, tmp_path
+    ):
+        if not loads_without_weights(family):
+            pytest.skip("the family's load has no argument empty: it is loaded as a whole")
+        preprocess = family.preprocessor(base)
+        empty, file = family.load(base, empty=True), Checkpoint.open(base)
+        parts = PartByPart(empty, torch.device("cpu"))
+        live = family.parameters(empty)
+        assert live.keys() == family.parameters(model).keys()
+
+        def passes(on: Any) -> list[Any]:
+            return [
+                lambda i=i: family.predictions(on, preprocess([rows[i]]), head) for i in range(6)
+            ]
+
+        def whole(_, stored):
+            for one in passes(model):
+                one()
+            stored()
+
+        def streamed(_, stored):
+            parts.run(passes(empty), live, file.tensor, tmp_path, done=stored)
+
+        expected = grams_of(linear_layers(model, family.parameters(model)), 6, whole)
+        found = grams_of(linear_layers(empty, live), 6, streamed)
+        assert found.keys() == expected.keys()
+        for name, gram in expected.items():
+            atol = 1e-6 * float(gram.abs().max())
+            assert torch.allclose(found[name], gram, rtol=1e-5, atol=atol), name
+        weights = [each for each in live.values() if isinstance(each, torch.nn.Parameter)]
+        assert all(each.isnan().all() for each in weights), "dropped"
 
     def test_a_task_s_own_head_is_not_merged(self, family, base, finetuned, model, localizable):
         if family.task_heads is None:

@@ -1,6 +1,7 @@
 """Statistics of members: what is measured, and what a file that holds one may be."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.statistics.fisher_diagonal import MOST_ROWS, mean_of, measure_fisher
-from restitch.merging.statistics.grams import measure_grams, packed, unpacked
+from restitch.merging.statistics.grams import Run, gram_forms, measure_grams, packed, unpacked
 from restitch.merging.statistics.statistic_file import (
     FISHER,
     GRAM,
@@ -124,12 +125,21 @@ def test_the_fisher_uses_a_limited_number_of_rows() -> None:
         measure_fisher({"w": weight}, ["w"], 0, batch, lambda _: weight[None, :])
 
 
+def grams_of(layers: dict[str, nn.Linear], rows: int, run: Run) -> dict[str, Tensor]:
+    grams = {name: torch.zeros(shape) for name, (_, shape) in gram_forms(layers).items()}
+    return {name: grams[name] for name in measure_grams(layers, rows, run, grams)}
+
+
 def test_gram_matrices_are_means_over_every_position_of_every_row() -> None:
     layer, other = nn.Linear(2, 3), nn.Linear(3, 2)
     rows = [torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[0.0, 1.0]]])]
-    found = measure_grams(
-        {"one": layer, "two": other}, len(rows), lambda row: other(layer(rows[row]))
-    )
+
+    def run(places: Sequence[int], _: Callable[[], None]) -> None:
+        for place in places:
+            other(layer(rows[place]))
+
+    found = grams_of({"one": layer, "two": other, "unused": nn.Linear(2, 2)}, len(rows), run)
+    assert found.keys() == {"one", "two"}
     inputs = torch.cat([row.view(-1, 2) for row in rows])
     assert found["one"].tolist() == pytest.approx([10 / 3, 14 / 3, 21 / 3])
     assert torch.allclose(unpacked(found["one"], 2), (inputs.T @ inputs / 3).double())
@@ -137,7 +147,32 @@ def test_gram_matrices_are_means_over_every_position_of_every_row() -> None:
     assert torch.allclose(unpacked(found["two"], 3), (between.T @ between / 3).double(), atol=1e-6)
     assert not layer._forward_pre_hooks
     with pytest.raises(BadInput, match="no rows"):
-        measure_grams({"one": layer}, 0, lambda _: None)
+        grams_of({"one": layer}, 0, run)
+
+
+def test_matrices_that_are_stored_in_between_are_the_same() -> None:
+    layer, rows = nn.Linear(4, 3), torch.randn(5, 1, 4).round(decimals=1)
+
+    def run(places: Sequence[int], stored: Callable[[], None], every: int) -> None:
+        for place in places:
+            layer(rows[place])
+            if place % every == every - 1:
+                stored()
+
+    often, once = (grams_of({"one": layer}, 5, partial(run, every=n))["one"] for n in (2, 5))
+    assert torch.allclose(often, once, rtol=1e-6)
+    assert once.equal(grams_of({"one": layer}, 5, partial(run, every=9))["one"])
+
+
+def test_an_infinite_input_is_refused_with_its_layer() -> None:
+    layer = nn.Linear(2, 2)
+
+    def run(_places: Sequence[int], _: Callable[[], None]) -> None:
+        layer(torch.tensor([[torch.inf, 0.0]]))
+
+    with pytest.raises(BadInput, match="not finite") as caught:
+        grams_of({"one": layer}, 1, run)
+    assert caught.value.details == ("one",)
 
 
 def test_a_symmetric_matrix_survives_packing() -> None:

@@ -19,7 +19,6 @@ from transformers import AutoConfig, BartModel, EncoderDecoderConfig, EncoderDec
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinates import select_tensors
-from restitch.merging.statistics.grams import measure_grams
 from restitch.modeling.data.rows import Example, Prompt, Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import evaluate
@@ -32,7 +31,7 @@ from restitch.modeling.pretrained import NamedModel, load_tokenizer
 from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import linear_layers
 from restitch.registry.specs.task import GenerateSpec, HeadSpec
-from tests.modeling.family_contract import FamilyContract
+from tests.modeling.family_contract import FamilyContract, grams_of
 from tests.tiny_models import tiny_bert, tiny_decoder, tiny_seq2seq, tiny_t5, tweaked
 
 FAMILY = get_family("seq2seq-lm")
@@ -74,10 +73,10 @@ class TestT5(Seq2seqContract):
         biases = {name for name in matrices if "relative_attention_bias" in name}
         assert len(biases) == 2
         assert matrices - biases == matrices & set(layers)
-        grams = measure_grams(
+        grams = grams_of(
             {name: layers[name] for name in matrices - biases},
             1,
-            lambda _: family.logits(model, batch, head),
+            lambda rows, _: family.logits(model, batch, head),
         )
         assert all(gram.abs().sum() > 0 for gram in grams.values())
 
