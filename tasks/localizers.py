@@ -278,9 +278,7 @@ class Trained(_Calibrated):
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Learn the scores or the mask; see `localize.trained`."""
-        size = 4 if self.calibration.base.compute_type == "float32" else 2
-        gradients = Part("the gradients", size * vector.coordinates)
-        opened = self._opened(vector, _scores(vector), gradients)
+        opened = self._opened(vector, _scores(vector), *self._gradients(vector))
         learned = trained.localize_trained(
             opened.live.parameters,
             vector,
@@ -293,6 +291,13 @@ class Trained(_Calibrated):
         )
         mask = learned.mask if learned.scores is None else None
         return Ranking(learned.scores, mask, calibrated="labels", rows=len(opened.rows))
+
+    def _gradients(self, vector: TaskVector) -> list[Part]:
+        """The gradients of all weights, if the preset sums those of several batches."""
+        if self.settings.preset != "official":
+            return []
+        size = 4 if self.calibration.base.compute_type == "float32" else 2
+        return [Part("the gradients", size * vector.coordinates)]
 
 
 class Fisher(_Calibrated):

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.localize.fisher import FisherSettings, Sensitivities, measure_sensitivities
-from restitch.merging.localize.live_weights import LiveTensor, LiveWeights
+from restitch.merging.localize.live_weights import LiveWeights
 from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.score_tensors import (
-    Sample,
     check_finite,
     finite_mean,
     step_unit,
@@ -171,10 +170,10 @@ def _refine(
             threshold = threshold_of(scores.values(), kept, live.coordinates)
             live.graft(scores, threshold)
             if unit is None:
-                pull = _kth_pull(live, kept, partial(backward, made, rows))
+                pull = live.kth_pull(kept, partial(backward, made, rows))
                 unit = step_unit(threshold, pull)
             size = settings.learning_rate * unit * (1 - step / steps) / math.sqrt(steps)
-            with live.consuming_gradients(partial(_move, live, scores, -size)):
+            with live.consuming_gradients(partial(live.add_pull, scores, -size)):
                 seen.append(backward(made, rows))
             step += 1
             report.next(len(rows))
@@ -192,25 +191,6 @@ def _divergence(target: Tensor, actual: Tensor) -> Tensor:
     if target.shape[-1] == 1:
         return (target - actual).square().sum(-1) / 2
     return (target.exp() * (target - actual)).sum(-1)
-
-
-def _move(live: LiveWeights, scores: Mapping[str, Tensor], share: float, part: LiveTensor) -> None:
-    part.add_pull(scores[part.name], live.buffer(part), share)
-
-
-def _kth_pull(live: LiveWeights, kept: int, backward: Callable[[], Tensor]) -> float:
-    """The k-th largest pull of a backward pass, which keeps at most one gradient at a time."""
-    sample = Sample(live.coordinates)
-    places = {part.name: sample.next(part.live.numel()) for part in live.parts}
-    pieces = {part.name: part.zeros().view(-1)[places[part.name]].clone() for part in live.parts}
-
-    def look(part: LiveTensor) -> None:
-        pull = part.pull(live.buffer(part)).abs_()
-        pieces[part.name] = pull.view(-1)[places[part.name]].clone()
-
-    with live.consuming_gradients(look):
-        backward()
-    return sample.threshold([pieces[part.name] for part in live.parts], kept)
 
 
 def _densities(settings: DistilledSettings, steps: int) -> list[float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from restitch.merging.errors import BadInput
+from restitch.merging.ranking.score_tensors import Sample
 from restitch.merging.ranking.task_vector import TaskVector
 
 Key = TypeVar("Key")
@@ -120,6 +121,44 @@ class LiveWeights:
     ) -> AbstractContextManager[None]:
         """Within the block, pass each tensor with its gradient to `use`, then drop the gradient."""
         return consuming_gradients(((part, part.live) for part in self.parts), use)
+
+    def step(self, backward: Callable[[], Tensor], use: Callable[[LiveTensor], None]) -> Tensor:
+        """Run a backward pass and pass every tensor to `use`, most of them during the pass.
+
+        Only one gradient is in memory at a time, and none afterwards. Tensors that the pass does
+        not reach have none.
+
+        Returns:
+            What the pass returns.
+        """
+        left = {part.name: part for part in self.parts}
+
+        def used(part: LiveTensor) -> None:
+            del left[part.name]
+            use(part)
+
+        with self.consuming_gradients(used):
+            found = backward()
+        for part in left.values():
+            use(part)
+        return found
+
+    def add_pull(self, scores: Mapping[str, Tensor], share: float, part: LiveTensor) -> None:
+        """Add a share of a tensor's gradient times its difference to its score."""
+        part.add_pull(scores[part.name], self.buffer(part), share)
+
+    def kth_pull(self, kept: int, backward: Callable[[], Tensor]) -> float:
+        """The k-th largest |pull| of a backward pass; see `Sample`."""
+        sample = Sample(self.coordinates)
+        places = {part.name: sample.next(part.live.numel()) for part in self.parts}
+        pieces: dict[str, Tensor] = {}
+
+        def look(part: LiveTensor) -> None:
+            pull = part.pull(self.buffer(part)).abs_()
+            pieces[part.name] = pull.view(-1)[places[part.name]].clone()
+
+        self.step(backward, look)
+        return sample.threshold([pieces[part.name] for part in self.parts], kept)
 
     def buffer(self, part: LiveTensor) -> Tensor:
         """Scratch memory in the shape and score type of a tensor; the next call reuses it."""

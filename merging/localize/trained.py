@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from restitch.merging.errors import BadInput, unknown_name
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
-from restitch.merging.localize.live_weights import LiveWeights
+from restitch.merging.localize.live_weights import LiveTensor, LiveWeights
 from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.score_tensors import (
@@ -256,16 +257,17 @@ def _paper(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -> M
     """One SGD step per batch on loss + penalty * sum sigmoid(S)."""
     settings = run.settings
     scores = _start(live, settings, scratch)
+
+    def update(part: LiveTensor) -> None:
+        score = scores[part.name]
+        pull = part.pull(live.buffer(part)).add_(settings.penalty).mul_(slope(score))
+        score.sub_(pull, alpha=settings.learning_rate)
+
     for _ in range(settings.epochs):
         losses = []
         for batch in run.batches():
             _interpolate(live, scores)
-            losses.append(run.backward(batch))
-            for part in live.parts:
-                score = scores[part.name]
-                pull = part.pull(live.buffer(part)).add_(settings.penalty).mul_(slope(score))
-                score.sub_(pull, alpha=settings.learning_rate)
-            live.clear_gradients()
+            losses.append(live.step(partial(run.backward, batch), update))
             run.steps += 1
         run.record(losses, _count_positive(scores), live.coordinates)
     return _positive(scores)
@@ -300,6 +302,13 @@ def _grafting(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -
     settings = run.settings
     begun = _largest(live, settings.density, scratch)
     scores = {part.name: part.zeros().fill_(settings.start) for part in live.parts}
+
+    def update(part: LiveTensor) -> None:
+        score = scores[part.name]
+        pull = part.pull(live.buffer(part)).mul_(slope(score))
+        pull = torch.where(begun[part.name], -pull, pull)
+        score.sub_(pull, alpha=settings.learning_rate)
+
     for _ in range(settings.epochs):
         losses = []
         for batch in run.batches():
@@ -307,13 +316,7 @@ def _grafting(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -
                 gate = torch.sigmoid(scores[part.name])
                 gamma = torch.where(begun[part.name], 1 - gate, gate)
                 part.live.copy_(part.difference(live.buffer(part)).mul_(gamma).add_(part.base))
-            losses.append(run.backward(batch))
-            for part in live.parts:
-                score = scores[part.name]
-                pull = part.pull(live.buffer(part)).mul_(slope(score))
-                pull = torch.where(begun[part.name], -pull, pull)
-                score.sub_(pull, alpha=settings.learning_rate)
-            live.clear_gradients()
+            losses.append(live.step(partial(run.backward, batch), update))
             run.steps += 1
         count = sum(int((begun[n] != (s > 0)).sum()) for n, s in scores.items())
         run.record(losses, count, live.coordinates)
@@ -335,22 +338,18 @@ def _budget(live: LiveWeights, run: _TrainingRun[Any]) -> TensorScores:
     settings = run.settings
     kept = kept_count(settings.density, live.coordinates)
     scores = _sensitivities(live, run, kept)
-    step: float | None = None
+    size: float | None = None
     for _ in range(settings.epochs - 1):
         losses = []
         for batch in run.batches():
-            live.graft(scores, threshold_of(scores.values(), kept, live.coordinates))
-            losses.append(run.backward(batch))
-            if step is None:
-                step = settings.learning_rate / (settings.epochs - 1)
-                pulls = (part.pull(live.buffer(part)).abs_() for part in live.parts)
-                step *= step_unit(
-                    threshold_of(scores.values(), kept, live.coordinates),
-                    threshold_of(pulls, kept, live.coordinates),
-                )
-            for part in live.parts:
-                part.add_pull(scores[part.name], live.buffer(part), -step)
-            live.clear_gradients()
+            threshold = threshold_of(scores.values(), kept, live.coordinates)
+            live.graft(scores, threshold)
+            backward = partial(run.backward, batch)
+            if size is None:
+                unit = step_unit(threshold, live.kth_pull(kept, backward))
+                size = settings.learning_rate / (settings.epochs - 1) * unit
+            update = partial(live.add_pull, scores, -size)
+            losses.append(live.step(backward, update))
             run.steps += 1
         run.record(losses, kept, live.coordinates)
     check_finite(scores)
@@ -360,13 +359,12 @@ def _budget(live: LiveWeights, run: _TrainingRun[Any]) -> TensorScores:
 def _sensitivities(live: LiveWeights, run: _TrainingRun[Any], kept: int) -> dict[str, Tensor]:
     """The root mean square of |gradient * tau| over the batches of one pass at the base."""
     scores = {part.name: part.zeros() for part in live.parts}
-    losses = []
-    for batch in run.batches():
-        losses.append(run.backward(batch))
-        for part in live.parts:
-            pull = part.pull(live.buffer(part))
-            scores[part.name].addcmul_(pull, pull)
-        live.clear_gradients()
+
+    def add_square(part: LiveTensor) -> None:
+        pull = part.pull(live.buffer(part))
+        scores[part.name].addcmul_(pull, pull)
+
+    losses = [live.step(partial(run.backward, batch), add_square) for batch in run.batches()]
     for score in scores.values():
         score.div_(run.per_epoch).sqrt_()
     run.record(losses, kept, live.coordinates)

@@ -69,7 +69,8 @@ class Sample:
         """The threshold that about `kept` of all scores exceed, estimated from the samples."""
         if not 0 < kept < self._coordinates:
             return math.inf if kept == 0 else -math.inf
-        sample = torch.cat(list(pieces))
+        # A large model lies on several devices.
+        sample = torch.cat([piece.to(pieces[0].device) for piece in pieces])
         above = min(max(1, round(kept / self._stride)), sample.numel() - 1)
         return float(torch.kthvalue(sample, sample.numel() - above).values)
 

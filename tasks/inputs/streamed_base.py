@@ -21,7 +21,7 @@ from restitch.tasks.inputs.checkpoints import (
     drop_live_base,
     more_memory,
 )
-from restitch.tasks.runtime.free_memory import Part, check_memory
+from restitch.tasks.runtime.free_memory import Part, check_memory, release_freed
 
 
 class StreamedBase(LiveBase):
@@ -67,10 +67,21 @@ class StreamedBase(LiveBase):
         progress: Progress = ignore,
     ) -> None:
         """Run passes through the model, part by part."""
+
+        def part_done() -> None:
+            done()
+            # What the passes keep lies between the freed weights, which would pile up.
+            release_freed()
+
         # Passes enter it as well; each would end it for those that are suspended.
         with precision(self.device):
             self._parts.run(
-                passes, self.parameters, self._weights, self._scratch, done=done, progress=progress
+                passes,
+                self.parameters,
+                self._weights,
+                self._scratch,
+                done=part_done,
+                progress=progress,
             )
 
     def _weights(self, name: str) -> Tensor:

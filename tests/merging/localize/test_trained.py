@@ -159,9 +159,40 @@ def test_budget_follows_autograd_through_the_hard_mask(linear: Linear, kept: int
     settings = TrainedSettings.of(density=kept / 160, epochs=4, batch_size=7)
     result = linear.run(settings)
     seen, mask = slow_budget(linear, settings, kept)
+    first = len(linear.orders) // settings.epochs
+    assert linear.seen.pop(first).equal(linear.seen[first]), "twice, the first time for the unit"
     torch.testing.assert_close(torch.stack(linear.seen), torch.stack(seen))
     assert torch.equal(chosen(result, linear), mask)
     assert result.steps == 12
+
+
+@pytest.mark.parametrize("preset", ["budget", "grafting", "paper"])
+def test_one_gradient_is_in_memory_at_a_time(linear: Linear, preset: str) -> None:
+    alive = linear.count_gradients()
+    linear.run(TrainedSettings.of(preset, epochs=3, batch_size=7))
+    assert len(alive) >= 2 * 12
+    assert set(alive) == {1}
+    assert all(tensor.grad is None for tensor in linear.live.values())
+
+
+def test_weights_that_the_loss_does_not_reach_are_penalized_all_the_same(tmp_path: Path) -> None:
+    base = {"unused": torch.zeros(2), "w": torch.zeros(1)}
+    vector = TaskVector(
+        tiny.save(tmp_path / "base", base),
+        tiny.save(tmp_path / "finetuned", {name: one + 1 for name, one in base.items()}),
+        ("unused", "w"),
+    )
+    live = {name: one.clone() for name, one in base.items()}
+    settings = replace(
+        TrainedSettings.of("paper", epochs=1, batch_size=1),
+        learning_rate=1.0,
+        penalty=4.0,
+        start=0.5,
+        start_elsewhere=0.5,
+    )
+    found = localize_trained(live, vector, 1, list, lambda _: live["w"].sum() * 0, settings)
+    # The slope at 0.5 is 0.235: a step of 4 times that makes the score negative.
+    assert found.mask.total == 0
 
 
 def test_one_step_of_each_by_hand(tmp_path: Path) -> None:
