@@ -38,11 +38,16 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 def checkpointed(model: nn.Module) -> Iterator[None]:
     """Store no activations inside repeated layers, within a block."""
     layers = repeated_layers(model)
+    # A block on another device has one that moves its inputs.
+    before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         # It hides the method of the class until it is deleted.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own

@@ -31,9 +31,15 @@ from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.configs import check_not_quantized, vocabulary_size
 from restitch.modeling.device import device as device
-from restitch.modeling.families.family import Family, get_family, loads_in_any_type
+from restitch.modeling.families.family import (
+    Family,
+    get_family,
+    loads_in_any_type,
+    loads_without_weights,
+)
 from restitch.modeling.family_choice import check_base
 from restitch.modeling.part_by_part import Pass, nothing
+from restitch.modeling.spread import Room, plan, spread
 from restitch.modeling.weights import apply_edits, resized, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
@@ -56,8 +62,8 @@ from restitch.tasks.inputs.adapters import (
     whole_folder,
 )
 from restitch.tasks.inputs.remote_weights import list_remote, remote_checkpoint
-from restitch.tasks.runtime.console import working
-from restitch.tasks.runtime.free_memory import Part, check_memory
+from restitch.tasks.runtime.console import say, working
+from restitch.tasks.runtime.free_memory import Part, check_memory, free_memory
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
 
@@ -406,19 +412,22 @@ def check_device(line: LineSpec) -> None:
 
 
 class LiveBase:
-    """The base as a loaded model on the worker's device.
+    """The base as a loaded model.
+
+    Args:
+        base: the base.
+        on: the device of batches and heads.
+        model: the model that its family loaded.
 
     Attributes:
         parameters: the live tensors, by the base's tensor names.
     """
 
-    def __init__(self, base: Base, on: torch.device) -> None:
+    def __init__(self, base: Base, on: torch.device, model: torch.nn.Module) -> None:
         self.base = base
         self.device = on
-        # Families from before there was a choice load float32.
-        given = () if base.compute_type == "float32" else (torch.bfloat16,)
-        self.model = base.family.load(base.folder, *given).to(on)
-        self.parameters = base.family.parameters(self.model)
+        self.model = model
+        self.parameters = base.family.parameters(model)
 
     def on(self, base: Base) -> "LiveBase":
         """The same loaded model for the base as another line opened it."""
@@ -562,10 +571,58 @@ def live_base(base: Base, step: str, holds: Sequence[Part] = ()) -> LiveBase:
     if not loaded and _live:
         drop_live_base()
     parts = [*([] if loaded else [_weights(base)]), *holds]
-    check_memory(step, parts, on, more_memory(base, on))
-    if not loaded:
-        _live[key] = LiveBase(base, on)
+    try:
+        check_memory(step, parts, on, more_memory(base, on))
+    except Unavailable:
+        rooms = _rooms(base, on)
+        if not rooms:
+            raise
+        drop_live_base()
+        found = _spread_base(base, rooms, holds)
+        if found is None:
+            raise
+        say(f"one GPU is not enough to {step}: the model is spread over {len(rooms)}")
+        _live[key] = found
+    if key not in _live:
+        # Families from before there was a choice load float32.
+        given = () if base.compute_type == "float32" else (torch.bfloat16,)
+        _live[key] = LiveBase(base, on, base.family.load(base.folder, *given).to(on))
     return _live[key].on(base)
+
+
+def empty_model(base: Base) -> torch.nn.Module:
+    """The model of a base without its weights, in the type to compute in.
+
+    Raises:
+        BadInput: its family cannot make it.
+    """
+    if not loads_without_weights(base.family):
+        raise BadInput(f"the family {base.family.name} loads whole models only")
+    dtype = torch.float32 if base.compute_type == "float32" else torch.bfloat16
+    return base.family.load(base.folder, dtype, empty=True)
+
+
+def _spread_base(base: Base, rooms: Sequence[Room], holds: Sequence[Part]) -> LiveBase | None:
+    """The base with its blocks on several devices; None if it does not fit there."""
+    model, weights = empty_model(base), _weights(base).size
+    places = plan(model, rooms, (weights + sum(part.size for part in holds)) / weights)
+    if places is None:
+        return None
+    spread(model, base.family.parameters(model), base.weights.tensor, rooms, places)
+    return LiveBase(base, rooms[0].device, model)
+
+
+def _rooms(base: Base, on: torch.device) -> list[Room]:
+    """The GPUs that a base may be spread over, with their memory; empty if it may not be.
+
+    A tenth of each stays free for activations.
+    """
+    several = on.type == "cuda" and on.index is None and torch.cuda.device_count() > 1
+    if not several or not loads_without_weights(base.family):
+        return []
+    devices = [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
+    found = ((device, free_memory(device)) for device in devices)
+    return [Room(device, free.size * 9 // 10) for device, free in found if free is not None]
 
 
 def drop_live_base() -> None:

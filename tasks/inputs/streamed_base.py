@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from restitch.merging.errors import BadInput, Unavailable
+from restitch.merging.errors import Unavailable
 from restitch.merging.files.edits import Edits, edited
 from restitch.merging.progress import Progress, ignore
-from restitch.modeling.families.family import loads_without_weights
 from restitch.modeling.gradients import precision
 from restitch.modeling.part_by_part import PartByPart, Pass, nothing
 from restitch.tasks.inputs.checkpoints import (
@@ -19,6 +18,7 @@ from restitch.tasks.inputs.checkpoints import (
     check_compute,
     device,
     drop_live_base,
+    empty_model,
     more_memory,
 )
 from restitch.tasks.runtime.free_memory import Part, check_memory, release_freed
@@ -39,14 +39,9 @@ class StreamedBase(LiveBase):
     """
 
     def __init__(self, base: Base, on: torch.device, scratch: Path) -> None:
-        if not loads_without_weights(base.family):
-            raise BadInput(f"the family {base.family.name} loads whole models only")
-        self.base = base
-        self.device = on
-        dtype = torch.float32 if base.compute_type == "float32" else torch.bfloat16
-        self.model = base.family.load(base.folder, dtype, empty=True)
-        self._parts = PartByPart(self.model, on)
-        self.parameters = base.family.parameters(self.model)
+        model = empty_model(base)
+        self._parts = PartByPart(model, on)
+        super().__init__(base, on, model)
         self.largest = self._parts.largest
         self._scratch = scratch
         self._edits: Edits | None = None

@@ -10,7 +10,10 @@ import pytest
 import torch
 import yaml
 
+from restitch.merging.errors import Unavailable
 from restitch.merging.files.checkpoint import Checkpoint
+from restitch.modeling.gradients import repeated_layers
+from restitch.modeling.spread import Room
 from restitch.tasks.inputs import checkpoints
 from restitch.tasks.localizers import Fisher, Ranking
 from tests.conftest import NewHome
@@ -19,6 +22,7 @@ from tests.worlds import World, write_rows, write_yaml
 
 pytestmark = pytest.mark.usefixtures("without_mlflow")
 
+CPU = torch.device("cpu")
 SPLITS = {"train": slice(0, 20), "validation": slice(20, 40), "test": slice(40, 60)}
 
 
@@ -261,6 +265,52 @@ def test_running_out_of_gpu_memory_retries_with_checkpointing_and_then_fails(
     message = shell("register", "demo", *files, code=6).err
     assert "memory is not enough to localize this model" in message
     assert "Tried to allocate 2.00 GiB" in message
+
+
+@pytest.mark.parametrize("mode", ["fisher", "distilled", "trained"])
+def test_a_model_that_one_gpu_cannot_hold_is_spread_with_the_same_delta(
+    world: World, new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The CPU stands for two GPUs."""
+    deltas = []
+    for name in ("one", "two"):
+        checkpoints.drop_live_base()
+        shell = new_home(name)
+        task = with_splits(world, tmp_path / name)
+        localize = {"mode": mode, "density": 0.3, "shots": 4}
+        register(shell, world, tmp_path / f"{name}.yaml", task, **localize)
+        deltas.append(shell.state().tasks["colour"].versions[1].delta)
+        monkeypatch.setattr(checkpoints, "check_memory", too_little)
+        monkeypatch.setattr(checkpoints, "_rooms", lambda *_: [Room(CPU, 10**8)] * 2)
+        monkeypatch.setattr(checkpoints, "plan", lambda model, *_: in_turns(model))
+    assert deltas[0] == deltas[1] is not None
+    hooked = [m for m in spread_model().modules() if "_hf_hook" in vars(m)]
+    assert len(hooked) >= 2
+
+
+def test_several_gpus_that_are_too_small_together_are_refused_like_one(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init", world.line(tmp_path / "line.yaml", retention=None, localize={"mode": "fisher"}))
+    files = ("--task", with_splits(world, tmp_path / "data"), "--model", world.model("colour"))
+    checkpoints.drop_live_base()
+    monkeypatch.setattr(checkpoints, "check_memory", too_little)
+    monkeypatch.setattr(checkpoints, "_rooms", lambda *_: [Room(CPU, 10)] * 2)
+    assert "there is not enough memory" in shell("register", "demo", *files, code=6).err
+
+
+def too_little(step: str, *_: object) -> None:
+    if not checkpoints._live:
+        raise Unavailable(f"there is not enough memory to {step}")
+
+
+def in_turns(model: torch.nn.Module) -> list[int]:
+    return [number % 2 for number in range(len(repeated_layers(model)))]
+
+
+def spread_model() -> torch.nn.Module:
+    (live,) = checkpoints._live.values()
+    return live.model
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,11 @@ from restitch.modeling.families.family import (
     loads_in_any_type,
     loads_without_weights,
 )
+from restitch.modeling.gradients import repeated_layers
 from restitch.modeling.heads import Head
 from restitch.modeling.part_by_part import PartByPart
 from restitch.modeling.row_values import Bits
+from restitch.modeling.spread import Room, spread
 from restitch.modeling.weights import apply_edits, linear_layers, restore, set_weights
 from restitch.registry.specs.task import HeadSpec
 
@@ -176,6 +178,25 @@ class FamilyContract:
             assert torch.allclose(found[name], gram, rtol=1e-5, atol=atol), name
         weights = [each for each in live.values() if isinstance(each, torch.nn.Parameter)]
         assert all(each.isnan().all() for each in weights), "dropped"
+
+    def test_blocks_on_several_devices_give_the_same_gradients(
+        self, family, base, model, batch, head, localizable
+    ):
+        if not loads_without_weights(family):
+            pytest.skip("the family's load has no argument empty: it is on one device")
+        rooms = [Room(torch.device("cpu"), 10**9)] * 2
+        apart, file = family.load(base, empty=True), Checkpoint.open(base)
+        places = [number % 2 for number in range(len(repeated_layers(apart)))]
+        spread(apart, family.parameters(apart), file.tensor, rooms, places)
+        for name, live in family.parameters(apart).items():
+            assert torch.equal(live, family.parameters(model)[name]), name
+
+        def gradients(of: Any) -> list[torch.Tensor]:
+            live = [family.parameters(of)[name].requires_grad_() for name in localizable]
+            return list(torch.autograd.grad(family.loss(of, batch, head), live, allow_unused=True))
+
+        for one, other in zip(gradients(model), gradients(apart), strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
 
     def test_a_task_s_own_head_is_not_merged(self, family, base, finetuned, model, localizable):
         if family.task_heads is None:
