@@ -10,7 +10,9 @@ their own:
   not evaluated. What a tiny model needs for the same, which is Python with its libraries, is
   subtracted;
 - `grams`: with the task of choices; then the Gram matrices of the inputs of all linear layers are
-  measured in processes of their own, part by part, and as a reference with the whole model.
+  measured in processes of their own, part by part, and as a reference with the whole model;
+- `gradients`: one backward pass of all localizable weights, in processes of their own: with all
+  gradients kept, with each dropped as soon as it is complete, and with activations computed again.
 
 Memory is the peak of anonymous pages (`RssAnon`) of the whole process, sampled every few
 milliseconds. Mapped files do not count: the system reclaims their pages.
@@ -53,7 +55,7 @@ ROWS = 50
 HEAD = 64  # the width of an attention head
 MODEL = "tuned"
 SIZES = ("large", "tiny")
-PARTS = ("rows", "masks", "subspaces", "grams")
+PARTS = ("rows", "masks", "subspaces", "grams", "gradients")
 GRAM_LIMIT = 1.5e9  # bytes
 # Measures the Gram matrices of the one model of a line, as `register` does.
 GRAMS = """
@@ -79,6 +81,37 @@ began = time.perf_counter()
 statistics.write_statistic_of(Path(file), LineRef(state.spec, state.base), statistic, space)
 print(time.perf_counter() - began)
 """
+# Runs one backward pass; weights are not counted.
+GRADIENTS = """
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+import torch
+from restitch.merging.files.coordinates import select_tensors
+from restitch.merging.localize.live_weights import consuming_gradients, requiring_gradients
+from restitch.modeling.families.family import get_family
+from restitch.modeling.gradients import checkpointed
+from restitch.tasks.runtime.memory import memory_added
+
+folder, mode, tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+family = get_family("causal-lm")
+model = family.load(folder, torch.bfloat16)
+live = family.parameters(model)
+names = select_tensors(list(live), family.localizable)
+given = torch.arange(4 * tokens).view(4, tokens) % 1000
+with ExitStack() as block:
+    block.enter_context(requiring_gradients(live, names))
+    if mode != "kept":
+        pairs = [(name, live[name]) for name in names]
+        block.enter_context(consuming_gradients(pairs, lambda name: None))
+    if mode == "recomputed":
+        block.enter_context(checkpointed(model))
+    peak = block.enter_context(memory_added())
+    output = model.inner(input_ids=given, labels=given, use_cache=False)
+    torch.autograd.backward(output.loss)
+print(peak.added)
+"""
+TOKENS = 256  # of each of the four rows
 
 
 @dataclass(frozen=True)
@@ -258,6 +291,24 @@ def with_grams(folder: Path) -> list[Figure]:
     ]
 
 
+def with_gradients(folder: Path) -> list[Figure]:
+    """Measure one backward pass in bfloat16 in three ways."""
+    base, added = folder / "large" / "base", {}
+    for mode in ("kept", "dropped", "recomputed"):
+        command = [sys.executable, "-c", GRADIENTS, str(base), mode, str(TOKENS)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        added[mode] = int(done.stdout.split()[-1])
+    return [
+        Figure("gradients: kept, beyond the weights", added["kept"] / 1e9, "GB"),
+        Figure("gradients: each dropped at once", added["dropped"] / 1e9, "GB"),
+        Figure("gradients: and activations again", added["recomputed"] / 1e9, "GB"),
+        Figure("gradients: dropped, of kept", added["dropped"] / added["kept"], "x"),
+        Figure(
+            "gradients: and activations again, of kept", added["recomputed"] / added["kept"], "x"
+        ),
+    ]
+
+
 def largest_difference(one: Checkpoint, other: Checkpoint) -> float:
     """The largest difference of two statistics, relative to the largest entry of its tensor."""
     assert one.names == other.names
@@ -284,6 +335,7 @@ def measure(
             folder, "subspaces", 1.0, method="tsv-m", localize={"mode": "subspace"}
         ),
         "grams": lambda: with_grams(folder),
+        "gradients": lambda: with_gradients(folder),
     }
     figures = [Figure("float32 model", 4 * numbers / 1e9, "GB")]
     for part in parts:

@@ -162,12 +162,20 @@ class Calibration:
 
     def opened(self, step: str, holds: Sequence[Part]) -> "OpenCalibration":
         """Load the rows, the head and the live base; see `live_base` for the arguments."""
-        return self.opened_on(live_base(self.base, step, holds))
+        rows = self.rows()
+        return self.opened_on(live_base(self.base, step, holds), rows)
 
-    def opened_on(self, live: LiveBase) -> "OpenCalibration":
-        """Load the rows and the head for a live base."""
+    def rows(self) -> Rows:
+        """Load the rows.
+
+        Raises:
+            BadInput: they are missing, or changed since the task was registered.
+        """
         data = verified_data(self.task, self.base.family)
-        rows = data.calibration(self.choice.shots, self.choice.seed)
+        return data.calibration(self.choice.shots, self.choice.seed)
+
+    def opened_on(self, live: LiveBase, rows: Rows) -> "OpenCalibration":
+        """Load the head for a live base and the rows."""
         return OpenCalibration.of(live, rows, self.task, self.model, self.space)
 
 

@@ -248,13 +248,13 @@ def _write_grams(
     The model is read part by part. If it cannot be, it is loaded as a whole, and all matrices are
     in memory at once.
     """
-    base = calibration.base
+    base, rows = calibration.base, calibration.rows()
     try:
-        streamed = streamed_base(base, step, file.parent)
-        return _grams(file, calibration.opened_on(streamed), delta, origin)
+        on = calibration.opened_on(streamed_base(base, step, file.parent), rows)
+        return _grams(file, on, delta, origin)
     except BadInput as error:
         warn(f"the whole model is loaded to {step}: {error.summary}")
-    on = calibration.opened(step, ())
+    on = calibration.opened_on(live_base(base, step), rows)
     size = sum(4 * layer.in_features**2 for layer in _linear(on.live, delta).values())
     live_base(base, step, [Part("the matrices", size)])
     return _grams(file, on, delta, origin)

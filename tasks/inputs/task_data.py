@@ -480,6 +480,11 @@ def task_head(
                 finetuned=folder,
                 progress=progress,
             )
+        if not all(bool(tensor.isfinite().all()) for tensor in head.tensors.values()):
+            raise BadInput(
+                f"the head of task {spec.task} has numbers that are not finite",
+                hint="check the labels and templates of the task",
+            )
         blob = space.objects.put_blob(head.to_bytes())
         record = space.objects.publish("head", inputs, blob, made_by="head")
     return Head.from_bytes(space.objects.read_blob(record.blob)).to(live.device)

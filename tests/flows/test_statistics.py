@@ -1,13 +1,16 @@
 """Lines whose merge method needs statistics of its members."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from restitch.cli.render.formats import size
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.recipe import Recipe
+from restitch.modeling.part_by_part import PartByPart, Pass
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.inventory import take_inventory
 from restitch.tasks.inputs import checkpoints
@@ -168,6 +171,38 @@ def test_matrices_are_measured_part_by_part_with_the_bytes_of_the_whole_model(
     )
     assert one == other
     assert one is not None
+
+
+def test_a_model_that_reads_weights_past_its_modules_is_measured_as_a_whole(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are not in memory are not a number."""
+    line(shell, world, tmp_path, "regmean")
+
+    def without_weights(_: PartByPart, passes: Sequence[Pass], *_more: Any, **_named: Any) -> None:
+        for one in passes:
+            one()
+
+    monkeypatch.setattr(PartByPart, "run", without_weights)
+    file = with_splits(world, tmp_path / "colour", "colour")
+    done = shell("register", "demo", "--task", file, "--model", world.model("colour"))
+    assert "whole model is loaded to measure gram/colour: the statistics of kind gram" in done.err
+    assert record(shell).statistics
+
+
+def test_a_head_that_is_not_finite_is_refused_and_not_stored(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line(shell, world, tmp_path, "regmean")
+
+    def nowhere(*_: Any, **_named: Any) -> torch.Tensor:
+        return torch.full((2, 2), torch.nan)
+
+    monkeypatch.setattr("restitch.modeling.families.text_encoder.embed_prompts", nowhere)
+    file = with_splits(world, tmp_path / "colour", "colour")
+    done = shell("register", "demo", "--task", file, "--model", world.model("colour"), code=None)
+    assert "the head of task colour has numbers that are not finite" in done.err + done.out
+    assert not keys(shell, "head")
 
 
 def test_measuring_frees_a_loaded_model_that_leaves_too_little_memory(
