@@ -80,14 +80,14 @@ def spread(
     placed: dict[int, nn.Parameter] = {}
     for module in model.modules():
         device = where.get(id(module), rooms[0].device)
-        for own, live in module._parameters.items():
-            if live is None:
+        for own, weight in module._parameters.items():
+            if weight is None:
                 continue
-            if id(live) not in placed:
-                value = read(names[id(live)]) if id(live) in names else live
-                whole = value.to(device, live.dtype, copy=True)
-                placed[id(live)] = nn.Parameter(whole, requires_grad=False)
-            module._parameters[own] = placed[id(live)]
+            if id(weight) not in placed:
+                value = read(names[id(weight)]) if id(weight) in names else weight
+                whole = value.to(device, weight.dtype, copy=True)
+                placed[id(weight)] = nn.Parameter(whole, requires_grad=False)
+            module._parameters[own] = placed[id(weight)]
         for own, buffer in module._buffers.items():
             module._buffers[own] = None if buffer is None else buffer.to(device)
     for block, place in zip(blocks, places, strict=True):

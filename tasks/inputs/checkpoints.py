@@ -617,12 +617,13 @@ def _rooms(base: Base, on: torch.device) -> list[Room]:
 
     A tenth of each stays free for activations.
     """
-    several = on.type == "cuda" and on.index is None and torch.cuda.device_count() > 1
-    if not several or not loads_without_weights(base.family):
+    # One that is named, as in cuda:1, is meant alone.
+    if str(on) != "cuda" or not loads_without_weights(base.family):
         return []
     devices = [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
     found = ((device, free_memory(device)) for device in devices)
-    return [Room(device, free.size * 9 // 10) for device, free in found if free is not None]
+    rooms = [Room(device, free.size * 9 // 10) for device, free in found if free is not None]
+    return rooms if len(rooms) > 1 else []
 
 
 def drop_live_base() -> None:

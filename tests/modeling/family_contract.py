@@ -191,7 +191,7 @@ class FamilyContract:
         for name, live in family.parameters(apart).items():
             assert torch.equal(live, family.parameters(model)[name]), name
 
-        def gradients(of: Any) -> list[torch.Tensor]:
+        def gradients(of: Any) -> list[torch.Tensor | None]:
             live = [family.parameters(of)[name].requires_grad_() for name in localizable]
             return list(torch.autograd.grad(family.loss(of, batch, head), live, allow_unused=True))
 

@@ -88,7 +88,8 @@ def test_scores_and_gradients_are_those_of_the_whole_model(fewer: bool) -> None:
         torch.autograd.backward(empty(tokens).sum())
     live = dict(empty.named_parameters())
     for name, one in whole.named_parameters():
+        found = live[name].grad
         assert one.grad is not None
-        assert live[name].grad is not None
+        assert found is not None
         assert live[name].equal(one)
-        assert one.grad.equal(live[name].grad), name
+        assert one.grad.equal(found), name
