@@ -10,6 +10,7 @@ model that is loaded as a whole.
 The tensors that suspended passes hold for their next part are moved to files when there are many.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -269,5 +270,7 @@ def _is_movable(tensor: Tensor) -> bool:
 def _move(tensor: Tensor, scratch: Path) -> None:
     """Move a tensor to a file, under all references to it; the file goes away with it."""
     with tempfile.NamedTemporaryFile(dir=scratch) as file:
+        # A full disk is an error here, and would kill the process later.
+        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
         moved = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     tensor.data = moved.view(tensor.shape).copy_(tensor)

@@ -5,6 +5,7 @@ tensor by tensor. The file names its kind and the base and delta that it belongs
 statistics have equal bytes.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def new_statistic(
     sizes = [count_elements(shape) * dtype.itemsize for _, dtype, shape in entries]
     with path.open("wb") as file:
         file.write(header)
-        file.truncate(len(header) + sum(sizes))
+        file.flush()
+        # A full disk is an error here, and would kill the process later.
+        os.posix_fallocate(file.fileno(), 0, len(header) + sum(sizes))
     plain = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r+"))
     flat = torch.split(plain[len(header) :], sizes)
     return {
