@@ -46,9 +46,11 @@ class TextClassifier(Classifier):
     also = (Kind.CAUSAL_LM,)
     metrics: tuple[MetricName, ...] = ("accuracy", "f1", "squared_error")
 
-    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load(
+        self, folder: Path, dtype: torch.dtype = torch.float32, *, empty: bool = False
+    ) -> nn.Module:
         """Load the classification class; a decoder finds the last token before the padding."""
-        loaded = super().load(folder, dtype)
+        loaded = super().load(folder, dtype, empty=empty)
         if model_kind(folder).kind is Kind.CAUSAL_LM:
             padding = padded_on_the_right(folder).pad_token_id
             NamedModel.of(loaded).inner.config.pad_token_id = padding
