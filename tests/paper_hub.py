@@ -143,8 +143,8 @@ def _add_rows(data: dict[str, Repository], spec: TaskSpec, test: Targets, family
     if rows.train is not None:
         count = max(2 * _class_count(spec), 12)
         classes = [index // 2 % max(_class_count(spec), 1) for index in range(count)]
-        pictures = [_noise(test.draw) for _ in classes] if family == "clip" else ()
-        splits[rows.train] = (classes, pictures)
+        drawn = [_noise(test.draw) for _ in classes] if family == "clip" else []
+        splits[rows.train] = (classes, drawn)
     for split, (targets, images) in splits.items():
         columns: dict[str, tuple[Any, list[Any]]] = {}
         for column in rows.input:
