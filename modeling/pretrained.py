@@ -205,7 +205,7 @@ def _without_weights(
     make = getattr(auto_class, "from_config", None) or auto_class._from_config
     with init_empty_weights(include_buffers=False):
         inner = make(config, dtype=dtype, attn_implementation=_ATTENTION)
-    others = [one for one in inner.parameters() if one.dtype not in (dtype, torch.int64)]
+    others = any(one.is_floating_point() and one.dtype != dtype for one in inner.parameters())
     if others or inner._get_dtype_plan(dtype):
         raise ValueError(f"some of its weights are not in {dtype}")
     return inner, ()
