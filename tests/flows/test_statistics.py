@@ -186,7 +186,7 @@ def test_a_model_that_reads_weights_past_its_modules_is_measured_as_a_whole(
     monkeypatch.setattr(PartByPart, "run", without_weights)
     file = with_splits(world, tmp_path / "colour", "colour")
     done = shell("register", "demo", "--task", file, "--model", world.model("colour"))
-    assert "whole model is loaded to measure gram/colour: the statistics of kind gram" in done.err
+    assert "whole model is loaded to measure gram/colour: the head of task colour has" in done.err
     assert record(shell).statistics
 
 
