@@ -49,7 +49,7 @@ PANELS = {
     "Operate": (
         *(operations.up, operations.down, operations.doctor),
         *(audit.pause, audit.resume),
-        *(operations.deploy, operations.webhook, storage.gc, lines.schema),
+        *(operations.deploy, operations.assist, operations.webhook, storage.gc, lines.schema),
     ),
 }
 for _panel, _commands in PANELS.items():

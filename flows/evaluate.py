@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.candidates import measure_member, measure_retention, with_reasons
+from restitch.flows.promotion.candidates import measure, with_reasons
 from restitch.flows.promotion.snapshot import retention_task
 from restitch.flows.promotion.versions import members_of, open_version
 from restitch.modeling.families.family import get_family
@@ -36,13 +36,8 @@ def evaluate_version(line: str, version: str = "champion") -> EvaluateOutcome:
     merged = WeightsRef("merged", record.patch)
     members, benchmark = members_of(line_state, record), retention_task(line_state)
     _check_data([m.spec for m in members] + ([] if benchmark is None else [benchmark]), ref)
-    results = {m.task: measure_member(ref, m, merged) for m in members}
-    return EvaluateOutcome(
-        line,
-        record.version,
-        with_reasons(ref, members, results),
-        measure_retention(ref, line_state, merged),
-    )
+    results, retention = measure(ref, line_state, members, merged)
+    return EvaluateOutcome(line, record.version, with_reasons(ref, members, results), retention)
 
 
 def _check_data(specs: list[TaskSpec], line: LineRef) -> None:

@@ -35,6 +35,7 @@ from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
 from restitch.registry.sources.hub_upload import check_repository, upload
 from restitch.serving.version_folder import copy_assets
+from restitch.tasks.export import export_shared
 from restitch.tasks.inputs.checkpoints import (
     Base,
     live_base,
@@ -82,6 +83,7 @@ def export_version(
     shard_size: str | None = None,
     task: str | None = None,
     specialist: bool = False,
+    with_workers: bool = False,
 ) -> ExportOutcome:
     """Write a merged version, or a model of it for one task.
 
@@ -94,17 +96,22 @@ def export_version(
         task: write the model for this task; None writes the merged version.
         specialist: with `task`, take the task's specialist also in a family whose tasks have heads
             of their own.
+        with_workers: idle workers write files of the merged version into the store, from where this
+            process takes them.
 
     Raises:
-        BadInput: there is no such version, task or specialist, or `out` is not free.
+        BadInput: there is no such version, task or specialist, or `out` is not free; workers cannot
+            write this model.
     """
     model = open_export(line, version, task=task, specialist=specialist)
     limit = None if shard_size is None else parse_size(shard_size)
     _check_shards(model, limit)
     out = out.expanduser().absolute()
     check_free(out, overwrite)
+    if with_workers:
+        _check_shared(model)
     with appearing(out) as folder:
-        model.write(folder, limit, title=out.name)
+        model.write(folder, limit, title=out.name, with_workers=with_workers)
     return outcome_of(model, out)
 
 
@@ -172,6 +179,22 @@ def _check_shards(model: "ExportedModel", limit: int | None) -> None:
             expected="no size of shards",
             found=f"--shard-size of {limit:,} bytes",
             hint="leave it out",
+        )
+
+
+def _check_shared(model: "ExportedModel") -> None:
+    """Refuse workers for a model that is no merged version as a whole.
+
+    Raises:
+        BadInput: the model is for one task, or an adapter.
+    """
+    if model.task is not None or model.base.space is not None:
+        what = "adapters" if model.task is None else f"models for one task, such as {model.task}"
+        raise BadInput(
+            "workers write the files of whole merged versions only",
+            expected="a version of a line of models, without --task",
+            found=what,
+            hint="leave out --with-workers",
         )
 
 
@@ -263,6 +286,7 @@ class ExportedModel:
         title: str,
         name: str | None = None,
         previous: Previous | None = None,
+        with_workers: bool = False,
     ) -> tuple[Checkpoint, tuple[str, ...]]:
         """Write all files into an existing folder.
 
@@ -273,6 +297,7 @@ class ExportedModel:
             name: the repository on the hub that the folder is for; nothing in it then names a place
                 or a process of this machine.
             previous: an earlier export, whose unchanged files are taken.
+            with_workers: idle workers write files, of a whole merged version.
 
         Returns:
             The written checkpoint, and the files that were taken.
@@ -282,6 +307,9 @@ class ExportedModel:
             taken: tuple[str, ...] = ()
             if base.space is not None:
                 _write_vectors(base, base.space, edits, self.line_state, folder)
+            elif with_workers:
+                line = LineRef(self.line_state.spec, self.line_state.base)
+                export_shared(line, self.content.blob, shard_size, folder, self.space)
             elif self.head is None:
                 taken = export_weights(
                     base.checkpoint,

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.evaluation import evaluate as run_evaluation
 from restitch.modeling.families.family import Family
 from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, device, live_base, open_base
 from restitch.tasks.inputs.task_data import (
@@ -28,6 +31,7 @@ from restitch.tasks.inputs.task_data import (
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, ResultRef, WeightsRef
+from restitch.tasks.runtime.sharing import Work
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 
@@ -71,6 +75,64 @@ def evaluate(
     blob = space.objects.put_json(evaluated(base, spec, weights, head_of, space).to_json())
     space.objects.publish("result", inputs, blob, made_by=made_by())
     return _ref(blob, space)
+
+
+class Evaluations:
+    """The evaluations of some weights on several tasks, each of which is stored under its key.
+
+    Args:
+        line: the line.
+        weights: what is evaluated.
+        exams: the tasks, each with the finetuned model that has its own head.
+        space: the workspace.
+
+    Attributes:
+        work: the evaluations as work that workers can share.
+    """
+
+    kind = "evaluate"
+
+    def __init__(
+        self,
+        line: LineRef,
+        weights: WeightsRef,
+        exams: Sequence[tuple[TaskSpec, ModelRef | None]],
+        space: Workspace,
+    ) -> None:
+        self.line, self.weights, self.exams = line, weights, tuple(exams)
+        base = open_base(line, space)
+        self.work = Work(
+            line=line.spec.line,
+            kind=self.kind,
+            content={
+                "spec": line.spec.to_json(),
+                "base": line.base.to_json(),
+                "weights": asdict(weights),
+                "exams": [
+                    [spec.to_json(), None if model is None else model.to_json()]
+                    for spec, model in self.exams
+                ],
+            },
+            results="result",
+            keys=tuple(
+                digest_json(result_inputs(spec, base, weights, model)) for spec, model in self.exams
+            ),
+        )
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], space: Workspace) -> "Evaluations":
+        """The evaluations of the work that another process offers."""
+        spec, base = LineSpec.from_json(content["spec"]), ModelRef.model_validate(content["base"])
+        exams = [
+            (TaskSpec.from_json(task), None if model is None else ModelRef.model_validate(model))
+            for task, model in content["exams"]
+        ]
+        return cls(LineRef(spec, base), WeightsRef(**content["weights"]), exams, space)
+
+    def do(self, number: int) -> ResultRef:
+        """Evaluate the weights on a task, unless the result is in the store."""
+        spec, head_of = self.exams[number]
+        return evaluate(self.line, spec, self.weights, head_of)
 
 
 def evaluated(

@@ -1,32 +1,35 @@
 """Make a merged model, a pure function of its recipe, and store it as a patch."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
-from restitch.merging.digests import digest_file
+from restitch.merging.digests import digest_file, digest_json
 from restitch.merging.errors import Damage
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.delta import open_delta
 from restitch.merging.files.edits import Edits, edited
 from restitch.merging.files.factor_file import FactorFile
-from restitch.merging.files.sparse import SparseFile, SparseInfo
+from restitch.merging.files.sparse import SparseFile, SparseInfo, join_sparse
 from restitch.merging.methods.registry import get_method
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 from restitch.merging.rules.per_matrix import computing_on
 from restitch.merging.rules.stitch import VERSION as STITCHING_VERSION
-from restitch.merging.rules.stitch import DeltaMember, write_patch
+from restitch.merging.rules.stitch import DeltaMember, split_names, write_patch
 from restitch.merging.statistics.statistic_file import open_statistic
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.line_state import Member, ModelRef
+from restitch.registry.specs.line import LineSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import Base, device, memory_explained, open_base
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, PatchRef
+from restitch.tasks.runtime.sharing import Work, part_size, sharing
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 from restitch.tasks.statistics import known_statistics, statistic_inputs, statistics
 
@@ -95,7 +98,7 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
     began = time.perf_counter()
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
-        info = write_patch_of(file, line, recipe, space)
+        info = _write_shared(file, line, recipe, space, again)
         blob = space.objects.put_blob(file, move=True)
     if record is not None and record.blob != blob and is_reproducible(recipe, record, space):
         raise Damage(
@@ -113,6 +116,105 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
         facts={"kept": info.kept},
     )
     return PatchRef(won.blob, info.kept, won.size, key, round(time.perf_counter() - began, 3))
+
+
+class PatchParts:
+    """The parts of a recipe's patch, by ranges of tensors.
+
+    A small model has one part. The parts of a large one are kept in the store until the patch is
+    there and `restitch gc` removes them, so that no process makes them twice.
+
+    Attributes:
+        work: the parts as work that workers can share.
+    """
+
+    kind = "stitch"
+
+    def __init__(self, line: LineRef, recipe: Recipe, limit: int, space: Workspace) -> None:
+        self.recipe, self.space = recipe, space
+        self.base = open_base(line, space)
+        self.edits = recipe_edits(self.base, recipe, space)
+        self.ranges = split_names(self.base.checkpoint, self.edits.names, limit)
+        origin = [recipe.digest(), required_fingerprint(recipe, space)]
+        self.work = Work(
+            line=line.spec.line,
+            kind=self.kind,
+            content={
+                "spec": line.spec.to_json(),
+                "base": line.base.to_json(),
+                "recipe": recipe.to_json(),
+                "limit": limit,
+            },
+            results="part",
+            keys=tuple(digest_json([*origin, names]) for names in self.ranges),
+        )
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], space: Workspace) -> "PatchParts":
+        """The parts of the work that another process offers."""
+        spec, base = LineSpec.from_json(content["spec"]), ModelRef.model_validate(content["base"])
+        recipe = Recipe.from_json(content["recipe"])
+        return cls(LineRef(spec, base), recipe, content["limit"], space)
+
+    def do(self, number: int) -> str:
+        """Make a part, unless it is in the store; return its digest."""
+        return stitch_part(self, number, f"{number + 1} of {len(self.ranges)}")
+
+    def write(self, file: Path, number: int | None = None) -> SparseInfo:
+        """Write a part, or the whole patch, to a file."""
+        metadata = {"base": self.base.ref.weights, "recipe": self.recipe.digest()}
+        names, title = None, "stitching"
+        if number is not None:
+            metadata, names = {**metadata, "part": self.work.keys[number]}, self.ranges[number]
+            title = f"stitching part {number + 1} of {len(self.ranges)}"
+        action = f"merge by {self.recipe.method.name}"
+        room = "room for one matrix of every member and intermediate results"
+        with memory_explained(action, room), working(title) as progress:
+            return write_patch(
+                file,
+                self.base.checkpoint,
+                self.edits,
+                metadata=metadata,
+                progress=progress,
+                names=names,
+            )
+
+    def join(self, file: Path, parts: Sequence[str]) -> SparseInfo:
+        """Write the patch from the digests of its parts, with the bytes of `write`."""
+        opened = [SparseFile.open(self.space.objects.blob_path(part)) for part in parts]
+        metadata = {"base": self.base.ref.weights, "recipe": self.recipe.digest()}
+        return join_sparse(file, opened, kind="patch", metadata=metadata)
+
+
+@step("stitch part", "stitch part {title}")
+def stitch_part(parts: PatchParts, number: int, title: str) -> str | Cached[str]:
+    """The digest of a part of a patch, from the store or made now."""
+    objects, key = parts.space.objects, parts.work.keys[number]
+    record = objects.lookup(parts.work.results, key)
+    if record is not None:
+        return Cached(record.blob)
+    with parts.space.scratch() as scratch:
+        file = scratch / "part.safetensors"
+        parts.write(file, number)
+        blob = objects.put_blob(file, move=True)
+    return objects.publish(parts.work.results, key, blob, made_by()).blob
+
+
+def _write_shared(
+    file: Path, line: LineRef, recipe: Recipe, space: Workspace, again: bool
+) -> SparseInfo:
+    """Write the patch of a recipe; of a large model, part by part with other workers.
+
+    `again` makes all of it here.
+    """
+    parts = PatchParts(line, recipe, part_size(), space)
+    if again or len(parts.ranges) == 1:
+        return parts.write(file)
+    made = {}
+    with sharing(space, parts.work) as turns:
+        for number in turns:
+            made[number] = parts.do(number)
+    return parts.join(file, [made[number] for number in range(len(parts.ranges))])
 
 
 def is_exact(recipe: Recipe, space: Workspace) -> bool:
@@ -176,13 +278,7 @@ def _largest_difference(base: Base, one: SparseFile, other: SparseFile) -> float
 
 def write_patch_of(file: Path, line: LineRef, recipe: Recipe, space: Workspace) -> SparseInfo:
     """Make the patch of a recipe and write it to a file."""
-    base = open_base(line, space)
-    edits = recipe_edits(base, recipe, space)
-    metadata = {"base": base.ref.weights, "recipe": recipe.digest()}
-    action = f"merge by {recipe.method.name}"
-    room = "room for one matrix of every member and intermediate results"
-    with memory_explained(action, room), working("stitching") as progress:
-        return write_patch(file, base.checkpoint, edits, metadata=metadata, progress=progress)
+    return PatchParts(line, recipe, part_size(), space).write(file)
 
 
 def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:

@@ -27,9 +27,9 @@ class FakePrefect:
 
     def knows_deployments(self) -> None:
         """Answer like a server that has our deployments and accepts events."""
-        for flow in ("onboard", "remerge"):
+        for flow in ("onboard", "remerge", "assist"):
             name = f"GET /deployments/name/{flow}/restitch"
-            self.answers[name] = (200, {"id": f"the-{flow}"})
+            self.answers[name] = (200, {"id": f"the-{flow}", "work_pool_name": "gpu"})
             self.answers[f"POST /deployments/the-{flow}/create_flow_run"] = (201, NEW)
         self.answers["POST /events"] = (204, None)
         self.answers["POST /flow_runs/filter"] = (200, [])

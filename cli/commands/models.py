@@ -250,6 +250,10 @@ def export(
         float | None,
         typer.Option(help="With --as lora: the share of the squared change, instead of a rank."),
     ] = None,
+    with_workers: Annotated[
+        bool,
+        typer.Option("--with-workers", help="Idle workers write files, through the store."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a merged version, or the model of it for one task, as a Hugging Face folder.
@@ -266,6 +270,11 @@ def export(
         )
     if specialist and task is None:
         raise UsageError("--specialist needs the task that it is for", hint="add --task TASK")
+    if with_workers and (push is not None or form is not None or task is not None):
+        raise UsageError(
+            "--with-workers writes a whole merged version into a folder",
+            hint="leave out --push, --as and --task",
+        )
     if form is None and (rank is not None or keep is not None):
         raise UsageError("--rank and --keep are for adapters", hint="add --as lora")
     if form is not None:
@@ -297,7 +306,7 @@ def export(
         outcome = push_version(line, version, push, out, private=private, **options)
     else:
         assert out is not None
-        outcome = export_version(line, version, out, **options)
+        outcome = export_version(line, version, out, with_workers=with_workers, **options)
     show_result(outcome, as_json, render.exported)
 
 

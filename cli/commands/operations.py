@@ -1,11 +1,13 @@
 """Commands of an operator: servers and workers on this machine or for a team."""
 
+import json
 import os
+import sys
 from typing import Annotated
 
 import typer
 
-from restitch.cli.app import Json, show_result
+from restitch.cli.app import AnyLine, Json, show_result
 from restitch.cli.render import operations as render
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home
@@ -51,6 +53,28 @@ def deploy(
     from restitch.deployments.server.deploy import deploy as run
 
     show_result(run(pool, remerge_pool), as_json, render.deployed)
+
+
+def assist(
+    line: AnyLine = None,
+    idle: Annotated[
+        float | None,
+        typer.Option(min=0, help="End after so many seconds without work; default: never."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Take a part of long work that other processes on this store do: merges, evaluations, exports.
+
+    For more hosts without a Prefect worker, such as the pods of one Kubernetes Job. Workers of
+    `restitch deploy` need no command: a remerge that takes long asks those that are idle.
+    Its messages say what it did; with --json each help is a document on a line of its own.
+    """
+    from restitch.flows.assist import assist_all
+
+    for outcome in assist_all(line, idle=idle):
+        if as_json:
+            typer.echo(json.dumps(outcome.as_dict(), ensure_ascii=False))
+            sys.stdout.flush()
 
 
 def webhook(

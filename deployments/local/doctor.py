@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from restitch.deployments.local.health import answers, is_running, workers_online
+from restitch.deployments.local.health import answers, is_running
 from restitch.deployments.server.definitions import full_name
 from restitch.deployments.server.schedules import PAUSED_IN_PREFECT, by_line, compare, plans
 from restitch.merging.errors import RestitchError, Unavailable
@@ -25,6 +25,7 @@ from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer
 from restitch.registry.stack import StackFile
 from restitch.tasks.runtime.delivery import problems, services
 from restitch.tasks.runtime.engine import engine_url
+from restitch.tasks.runtime.events import api
 from restitch.tasks.runtime.workspace import Workspace, workspace
 
 Status = Literal["ok", "paused", "warning", "failed"]
@@ -245,7 +246,7 @@ def _prefect(space: Workspace) -> Iterator[Check]:
 
     pools = []
     with client() as prefect:
-        for flow in ("onboard", "remerge"):
+        for flow in ("onboard", "remerge", "assist"):
             name, found = f"deployment {flow}", deployment(prefect, full_name(flow))
             if found is None:
                 yield Check(name, "failed", "missing", "restitch deploy")
@@ -261,7 +262,7 @@ def _prefect(space: Workspace) -> Iterator[Check]:
                 page = f"to switch it on: prefect work-pool resume {pool}"
                 yield _switched(f"pool {pool}", False, "", page)
     for pool in dict.fromkeys(pools):
-        online = ", ".join(sorted(workers_online(pool)))
+        online = ", ".join(sorted(api().online_workers(pool)))
         remedy = f"restitch up, or on a worker: prefect worker start --pool {pool}"
         yield _check(f"workers of {pool}", bool(online), online or "none online", remedy)
 

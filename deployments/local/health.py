@@ -1,4 +1,4 @@
-"""Signs of life of a stack's processes, addresses and workers."""
+"""Signs of life of a stack's processes and addresses."""
 
 import urllib.error
 import urllib.request
@@ -19,17 +19,3 @@ def answers(url: str) -> bool:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
-
-
-def workers_online(pool: str) -> list[str]:
-    """The names of the pool's workers that Prefect considers online."""
-    from prefect.exceptions import ObjectNotFound
-
-    from restitch.deployments.server.deploy import client
-
-    with client() as prefect:
-        try:
-            workers = prefect.read_workers_for_work_pool(pool)
-        except ObjectNotFound:
-            return []
-    return [worker.name for worker in workers if str(worker.status).endswith("ONLINE")]

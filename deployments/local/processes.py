@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from restitch.deployments.local.databases import VARIABLES
-from restitch.deployments.local.health import answers, is_running, workers_online
+from restitch.deployments.local.health import answers, is_running
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.stack import StackFile, StackProcess
 from restitch.registry.store.attempts import process_began
+from restitch.tasks.runtime.events import api
 
 LOOPBACK = "127.0.0.1"
 STARTS_WITHIN = 180.0
@@ -162,7 +163,7 @@ class Runner:
 
 
 def _is_online(worker: str, pool: str) -> bool:
-    return worker in workers_online(pool)
+    return worker in api().online_workers(pool)
 
 
 def stop_process(process: StackProcess) -> bool:

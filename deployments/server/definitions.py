@@ -3,6 +3,7 @@
     event restitch.model.registered --> run of `onboard`     on the pool `gpu`
     event restitch.mask.ready -------> run of `remerge`      on the same pool, or another
     cron, one schedule per line -----> run of `remerge`
+    a remerge that takes long -------> runs of `assist`      on the pool of `remerge`
 
 `server.deploy` brings a server to this state. A worker needs the package and, in its environment,
 the addresses; no code is pulled.
@@ -60,8 +61,8 @@ class DeployedFlow:
     optional: dict[str, Any]
 
 
-def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, DeployedFlow]:
-    """The two deployments: onboard and remerge."""
+def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, ...]:
+    """The deployments: onboard, remerge, and assist, which helps a remerge."""
     return (
         DeployedFlow(
             flow="onboard",
@@ -78,6 +79,14 @@ def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, DeployedFlow]:
             description="Bring a line's merged model up to date, and catch up with lost events.",
             required=("line",),
             optional={"force": False, "attempt": 0},
+        ),
+        DeployedFlow(
+            flow="assist",
+            entrypoint="restitch.deployments.server.entry.assist_flow",
+            pool=remerge_pool,
+            description="Take a part of the work of a remerge that takes long.",
+            required=("line", "offer"),
+            optional={},
         ),
     )
 

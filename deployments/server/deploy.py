@@ -238,6 +238,7 @@ def _schema(flow: DeployedFlow) -> dict[str, Any]:
         "mlflow_version": number,
         "force": {"type": "boolean"},
         "attempt": {"type": "integer"},
+        "offer": {"type": "string"},
     }
     properties = {
         name: {**types[name], "title": name, "position": position}

@@ -1,8 +1,8 @@
 """The entry points of a worker: the flows, without their heavy imports.
 
 Torch is imported after a run has started, so that Prefect shows it as running within seconds.
-Names and parameters are those of the flows. The deployments name `onboard_flow` and
-`remerge_flow` of this module.
+Names and parameters are those of the flows. The deployments name `onboard_flow`, `remerge_flow` and
+`assist_flow` of this module.
 """
 
 import logging
@@ -64,6 +64,21 @@ def remerge(line: str | None = None, force: bool = False, attempt: int = 0) -> N
     work.body(line, force)
 
 
+@flow("assist", "{line}")
+@reporting_to(RunReporter())
+def assist(line: str, offer: str) -> None:
+    """Help with work that another run offers; see `flows.assist`.
+
+    Args:
+        line: the line of the work.
+        offer: its identity in the store.
+    """
+    workspace()
+    from restitch.flows.assist import assist as work
+
+    work.body(line, offer)
+
+
 def restart(flow: Any, flow_run: Any, state: Any) -> None:
     """Start a crashed run again; the worker calls this."""
     try:
@@ -95,3 +110,5 @@ def restarting(function: Any) -> Any:
 
 onboard_flow = restarting(onboard)
 remerge_flow = restarting(remerge)
+# Not started again after a crash: the run that offers the work does the piece itself.
+assist_flow = assist.engine_object()

@@ -1,5 +1,6 @@
 """Stitch, evaluate and judge a set of members, which may become a merged version."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from restitch.merging.recipe import Recipe
 from restitch.registry.gates.gate import Drop, GateOutcome, Measured, NotMeasured
 from restitch.registry.gates.max_task_drop import MaxTaskDrop
 from restitch.registry.gates.registry import check_gates
-from restitch.registry.ledger.line_state import LineState, Member
+from restitch.registry.ledger.line_state import LineState, Member, ModelRef
 from restitch.registry.ledger.measurements import Acceptance, Gain, decisions
 from restitch.registry.ledger.records import (
     DataUsed,
@@ -29,13 +30,14 @@ from restitch.registry.ledger.records import (
 from restitch.registry.record import Interval
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.compare_results import compare_results, read_evaluation
-from restitch.tasks.evaluate import evaluate
+from restitch.tasks.evaluate import Evaluations, evaluate
 from restitch.tasks.gain import gain_over_base
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.merge import make_recipe, stitch
 from restitch.tasks.method_selection import SelectionOutcome
 from restitch.tasks.runtime.events import this_run
 from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
+from restitch.tasks.runtime.sharing import sharing
 from restitch.tasks.runtime.workspace import made_by, workspace
 
 # Why a task without data is not measured.
@@ -156,9 +158,8 @@ def make_candidate(
         patch = stitch(line, recipe, again)
     merged = WeightsRef("merged", patch.blob)
     with _timed(timings, "evaluate"):
-        results = {m.task: measure_member(line, m, merged, again=again) for m in members}
+        results, retention = measure(line, snapshot.line_state, members, merged, again=again)
         results = with_reasons(line, members, results)
-        retention = measure_retention(line, snapshot.line_state, merged, again=again)
         drops = _drops(snapshot, line, members, results)
     joining = _joining(snapshot, members, recipe)
     measured = Measured(
@@ -183,6 +184,40 @@ def make_candidate(
         timings,
         selection.outcome,
     )
+
+
+def measure(
+    line: LineRef,
+    line_state: LineState,
+    members: tuple[Member, ...],
+    merged: WeightsRef,
+    *,
+    again: bool = False,
+) -> tuple[dict[str, TaskResult], Retention | None]:
+    """Evaluate a merged model on its members' tasks and on the benchmark, with idle workers.
+
+    `again` evaluates it here, even if the store holds the results.
+    """
+    benchmark = retention_task(line_state)
+    exams: list[tuple[TaskSpec, ModelRef | None]] = [(m.spec, m.model.model) for m in members]
+    if benchmark is not None:
+        exams.append((benchmark, None))
+    with_rows = [n for n, (spec, _) in enumerate(exams) if evaluation_split(spec) is not None]
+    results: dict[str, TaskResult] = {}
+    retention = None
+    shared = Evaluations(line, merged, [exams[number] for number in with_rows], workspace())
+    with sharing(workspace(), shared.work, after=math.inf if again else None) as turns:
+        for turn in turns:
+            number = with_rows[turn]
+            if number == len(members):
+                retention = measure_retention(line, line_state, merged, again=again)
+            else:
+                member = members[number]
+                results[member.task] = measure_member(line, member, merged, again=again)
+    for member in members:
+        if member.task not in results:  # it has no rows
+            results[member.task] = measure_member(line, member, merged)
+    return {member.task: results[member.task] for member in members}, retention
 
 
 def with_reasons(

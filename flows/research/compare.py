@@ -16,7 +16,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from restitch.flows.promotion.candidates import measure_member, measure_retention
+from restitch.flows.promotion.candidates import measure
 from restitch.flows.promotion.snapshot import Snapshot, take_snapshot
 from restitch.flows.promotion.what_if import WhatIf, prepare
 from restitch.flows.research.experts import SpecialistMeasurements, measure_specialists
@@ -199,8 +199,7 @@ def _measure_merged(snapshot: Snapshot, ready: WhatIf, method: Method) -> Merged
     with memory_added() as memory:
         patch = stitch(line, make_recipe(line, members))
     merged = WeightsRef("merged", patch.blob)
-    results = {m.task: measure_member(line, m, merged) for m in members}
-    retention = measure_retention(line, snapshot.line_state, merged)
+    results, retention = measure(line, snapshot.line_state, members, merged)
     return MergedResult(
         **_describe(ready, method),
         results={task: result.to_json() for task, result in results.items()},

@@ -163,7 +163,7 @@ def _outcome(garbage: _Garbage, older_than: float, *, removed: bool) -> GcOutcom
     kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"objects": 0, "bytes": 0})
     for name in garbage.names:
         first, _, digest = name.partition("/")
-        kind = "keys" if first == "keys" else kind_of.get(digest, _UNNAMED)
+        kind = first if first in ("keys", "offers") else kind_of.get(digest, _UNNAMED)
         kinds[kind]["objects"] += 1
         kinds[kind]["bytes"] += garbage.inventory.listed[name].size
     return GcOutcome(

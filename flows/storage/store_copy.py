@@ -28,8 +28,9 @@ from restitch.tasks.runtime.workspace import workspace
 
 _BY_DIGEST = re.compile(r"(blobs|audit)/([0-9a-f]{64})\Z")
 _LINE_STATE = re.compile(r"lines/([^/]+)/head\.json\Z")
-# Merge leases and deletion notices mean nothing in another store; MLflow's models name this one.
-_LEFT_OUT = ("leases/", "gc/", f"{IN_STORE}/")
+# Leases, offers of work and deletion notices mean nothing in another store; MLflow's models name
+# this one.
+_LEFT_OUT = ("leases/", "offers/", "gc/", f"{IN_STORE}/")
 
 _THREADS = 4
 

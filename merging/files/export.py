@@ -51,7 +51,7 @@ class Previous:
 
 
 @dataclass(frozen=True)
-class _File:
+class PlannedFile:
     """One file to write: its tensors in the order of their bytes."""
 
     name: str
@@ -101,12 +101,26 @@ def export_weights(
     writer = _Writer(base, edits, extra, progress or ignore, sum(map(_size, written)))
     for file in written:
         writer.write(out / file.name, file)
-    if len(files) > 1:
-        _write_index(out / INDEX, files)
+    write_index(out, files)
     return tuple(file.name for file in taken)
 
 
-def _is_unchanged(file: _File, previous: Previous) -> bool:
+def planned_files(base: Checkpoint, shard_size: int | None = None) -> list[PlannedFile]:
+    """The files that an export of the base's tensors writes, to write each by itself.
+
+    `write_file` writes one of them, and `write_index` completes the folder.
+    """
+    return _plan(base, {}, shard_size, None)
+
+
+def write_file(
+    base: Checkpoint, edits: Edits, path: Path, file: PlannedFile, progress: Progress
+) -> None:
+    """Write one file of an export."""
+    _Writer(base, edits, {}, progress, _size(file)).write(path, file)
+
+
+def _is_unchanged(file: PlannedFile, previous: Previous) -> bool:
     """True if the earlier export has a file with the same bytes."""
     if any(info.name in previous.changed for info in file.tensors):
         return False
@@ -126,9 +140,14 @@ def _take(source: Path, target: Path) -> None:
     except OSError as err:
         if err.errno not in _NO_LINK:
             raise
-        with source.open("rb", buffering=0) as reading, target.open("wb", buffering=0) as writing:
-            size = os.fstat(reading.fileno()).st_size
-            _copy(reading.fileno(), 0, writing.fileno(), 0, size)
+        copy_file(source, target)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, inside the kernel if the file system supports it."""
+    with source.open("rb", buffering=0) as reading, target.open("wb", buffering=0) as writing:
+        size = os.fstat(reading.fileno()).st_size
+        _copy(reading.fileno(), 0, writing.fileno(), 0, size)
 
 
 def in_type(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
@@ -141,7 +160,7 @@ def _plan(
     extra: Mapping[str, Tensor],
     shard_size: int | None,
     dtype: torch.dtype | None,
-) -> list[_File]:
+) -> list[PlannedFile]:
     added = [TensorInfo(name, value.dtype, tuple(value.shape)) for name, value in extra.items()]
     if shard_size is not None:
         ordered = _in_place_order(base, base.shards, dtype)
@@ -155,7 +174,7 @@ def _plan(
         own = base.header_bytes(shard) if as_in_base else None
         header = own or _header([*tensors, *more], base.shard_metadata[shard])
         name = shard if len(shards) > 1 else SINGLE
-        files.append(_File(name, header, (*tensors, *more)))
+        files.append(PlannedFile(name, header, (*tensors, *more)))
     return files
 
 
@@ -170,7 +189,9 @@ def _in_place_order(
     ]
 
 
-def _reshard(tensors: Sequence[TensorInfo], metadata: Mapping[str, str], limit: int) -> list[_File]:
+def _reshard(
+    tensors: Sequence[TensorInfo], metadata: Mapping[str, str], limit: int
+) -> list[PlannedFile]:
     shards: list[list[TensorInfo]] = [[]]
     for info in tensors:
         if shards[-1] and sum(other.nbytes for other in shards[-1]) + info.nbytes > limit:
@@ -180,7 +201,7 @@ def _reshard(tensors: Sequence[TensorInfo], metadata: Mapping[str, str], limit: 
     if len(shards) == 1:
         names = [SINGLE]
     return [
-        _File(name, _header(tensors_of_shard, metadata), tuple(tensors_of_shard))
+        PlannedFile(name, _header(tensors_of_shard, metadata), tuple(tensors_of_shard))
         for name, tensors_of_shard in zip(names, shards, strict=True)
     ]
 
@@ -189,17 +210,21 @@ def _header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes
     return write_header([(info.name, info.dtype, info.shape) for info in tensors], metadata)
 
 
-def _size(file: _File) -> int:
+def _size(file: PlannedFile) -> int:
     return sum(info.nbytes for info in file.tensors)
 
 
-def _write_index(path: Path, files: Sequence[_File]) -> None:
+def write_index(out: Path, files: Sequence[PlannedFile]) -> None:
+    """Write the index of the files of an export into their folder; one file needs none."""
+    if len(files) == 1:
+        return
     weight_map = {info.name: file.name for file in files for info in file.tensors}
     index = {
         "metadata": {"total_size": sum(_size(file) for file in files)},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    (out / INDEX).write_text(text, encoding="utf-8")
 
 
 @dataclass
@@ -216,7 +241,7 @@ class _Writer:
     def __post_init__(self) -> None:
         self.edited = frozenset(self.edits.names)
 
-    def write(self, path: Path, file: _File) -> None:
+    def write(self, path: Path, file: PlannedFile) -> None:
         with ExitStack() as stack:
             target = stack.enter_context(path.open("wb", buffering=0)).fileno()
             sources = {

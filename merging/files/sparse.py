@@ -186,6 +186,45 @@ def write_whole(
     return SparseInfo(bytes=size, kept=sum(info.numel for info in infos))
 
 
+def join_sparse(
+    path: Path, parts: Iterable["SparseFile"], *, kind: str, metadata: Mapping[str, str]
+) -> SparseInfo:
+    """Write the sparse file of the tensors of several, with the bytes that `write_sparse` gives.
+
+    Nothing is decoded, so it costs a copy of the parts.
+
+    Args:
+        path: the file to write; its folder must exist.
+        parts: sparse files without a common tensor.
+        kind: `delta` or `patch`.
+        metadata: as for `write_sparse`.
+    """
+    _check_labels(kind, metadata)
+    files: dict[str, SparseFile] = {}
+    for part in parts:
+        if common := sorted(files.keys() & set(part.names)):
+            raise ValueError(f"two parts have the tensors {common}")
+        files |= dict.fromkeys(part.names, part)
+    files = {name: files[name] for name in sorted(files, key=by_bytes)}
+    sizes, versions = {POSITIONS: 0}, {part.format for part in files.values()}
+    if len(versions) > 1:
+        raise ValueError(f"the parts have the formats {sorted(versions)}")
+    for name, part in files.items():
+        for section, data in part.sections(name).items():
+            sizes[section] = sizes.get(section, 0) + data.nbytes
+    sizes = {section: sizes[section] for section in sorted(sizes, key=section_order)}
+    table = [part.row(name) for name, part in files.items()]
+    header = _header(kind, next(iter(versions), FORMATS[0]), table, sizes, metadata)
+    blocks = (
+        _bytes_of(held[section])
+        for section in sizes
+        for name, part in files.items()
+        if section in (held := part.sections(name))
+    )
+    size = _write(path, chain([header], blocks))
+    return SparseInfo(bytes=size, kept=sum(part.info(name).kept for name, part in files.items()))
+
+
 def _check_labels(kind: str, metadata: Mapping[str, str]) -> None:
     if kind not in KINDS or any(key.startswith(_RESERVED) for key in metadata):
         raise ValueError(f"kind {kind!r} and metadata {sorted(metadata)} cannot be written")
@@ -402,15 +441,31 @@ class SparseFile:
     def tensor_digest(self, name: str) -> str:
         """The digest of all that the file holds of a tensor; equal ones edit a base equally."""
         info, part = self._infos[name], self._parts[name]
+        held = [digest_bytes(_bytes_of(data)) for _, data in sorted(self.sections(name).items())]
+        return digest_json([DTYPE_NAMES[info.dtype], info.shape, info.kept, part.code, held])
+
+    def sections(self, name: str) -> dict[str, Tensor]:
+        """All that the file holds of a tensor, by section; do not write to it."""
+        info, part = self._infos[name], self._parts[name]
         values = f"values.{DTYPE_NAMES[info.dtype]}"
         slices = {POSITIONS: part.positions, FACTORS: part.factors, STEPS: part.steps}
         slices |= {CODES: part.values, values: part.values}
-        held = [
-            digest_bytes(_bytes_of(self._sections[section][place]))
-            for section, place in sorted(slices.items())
+        return {
+            section: self._sections[section][place]
+            for section, place in slices.items()
+            # Of the types of values, a file has those of its tensors.
             if section in self._sections
-        ]
-        return digest_json([DTYPE_NAMES[info.dtype], info.shape, info.kept, part.code, held])
+        }
+
+    def row(self, name: str) -> str:
+        """A tensor's row of the table."""
+        info = self._infos[name]
+        return _row(info.dtype, info.shape, info.kept, self._parts[name].code, name)
+
+    @property
+    def format(self) -> str:
+        """The version of its format."""
+        return FORMATS[2 if self.is_quantized else self.has_factors]
 
     def mask(self) -> Mask:
         """The kept coordinates as a mask, read on demand."""

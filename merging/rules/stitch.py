@@ -77,14 +77,33 @@ def write_patch(
     edits: Edits,
     metadata: Mapping[str, str],
     progress: Progress | None = None,
+    names: Sequence[str] | None = None,
 ) -> SparseInfo:
     """Write the coordinates whose bytes differ from the base's, with their new values.
 
-    The patch is a function of the base and the merged model alone.
+    The patch is a function of the base and the merged model alone. With `names`, which are some of
+    the edited tensors in order, it is a part of it: `join_sparse` makes the whole from its parts.
     """
     return write_sparse(
-        path, differences(base, edits, progress or ignore), kind="patch", metadata=metadata
+        path, differences(base, edits, progress or ignore, names), kind="patch", metadata=metadata
     )
+
+
+def split_names(base: Checkpoint, names: Iterable[str], limit: int) -> tuple[tuple[str, ...], ...]:
+    """Split tensors into ranges, each of at most `limit` bytes of the base, or of one tensor.
+
+    The ranges depend on names and sizes alone, not on the files of the base.
+    """
+    ranges: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        nbytes = base.info(name).nbytes
+        if ranges[-1] and size + nbytes > limit:
+            ranges.append([])
+            size = 0
+        ranges[-1].append(name)
+        size += nbytes
+    return tuple(map(tuple, ranges))
 
 
 def ordered_members(base: Checkpoint, members: Iterable[DeltaMember]) -> list[DeltaMember]:
@@ -254,10 +273,16 @@ class _Block:
         return owners.numpy(), true_positions(owners.numpy() > 1)
 
 
-def differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator[SparseTensor]:
-    """The weights of edited tensors whose bytes differ from the base's, tensor by tensor."""
-    total, done = sum(base.info(name).nbytes for name in edits.names), 0
-    for name in edits.names:
+def differences(
+    base: Checkpoint, edits: Edits, progress: Progress, names: Sequence[str] | None = None
+) -> Iterator[SparseTensor]:
+    """The weights of edited tensors whose bytes differ from the base's, tensor by tensor.
+
+    `names` are some of the edited tensors, in order; all by default.
+    """
+    names = edits.names if names is None else names
+    total, done = sum(base.info(name).nbytes for name in names), 0
+    for name in names:
         before = base.tensor(name).view(-1)
         old = as_integers(before)
         new = old.copy()

@@ -7,6 +7,7 @@ objects something still refers to; in doubt it keeps them.
 
 import contextlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,10 @@ from restitch.registry.store.objects import KeyRecord, ObjectStore, parsed, veri
 
 # Kinds of small results that are looked up by their inputs, so no reference shows their use.
 _KEPT_KEYS = ("head", "rows", "analysis", SPECIALISTS)
+# Kinds of pieces of work that a process offers to others, which it needs until all are there.
+_PIECES = ("part", "shard")
+# A living process renews its offer twice a minute.
+_ENDED_AFTER = 3600.0
 _AT_ONCE = 8
 
 Read = TypeVar("Read")
@@ -112,7 +117,7 @@ def take_inventory(
     if assumed is not None:
         inventory.line_states[assumed.line] = assumed
     inventory.listed = {each.name: each for each in store.details()}
-    kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc", MARKER)
+    kinds = ("audit", "blobs", "keys", "lines", "attempts", "leases", "offers", "gc", MARKER)
     inventory.unknown = [name for name in inventory.listed if name.split("/")[0] not in kinds]
     for line, line_state in inventory.line_states.items():
         inventory.trails[line] = _trail(inventory, objects, line_state)
@@ -134,10 +139,19 @@ def in_use(inventory: Inventory, objects: ObjectStore) -> set[str]:
 
     Anything that looks like a digest in a line's state, a record or an audit entry counts as a
     reference, even in acts that are in no trail. A key is in use if its blob is. The references
-    of damaged objects are unknown.
+    of damaged objects are unknown. Pieces of work stay while any process offers work.
     """
     named = mentioned_digests(inventory)
-    used = {name for name in inventory.listed if not name.startswith(("blobs/", "keys/"))}
+    used = {
+        name for name in inventory.listed if not name.startswith(("blobs/", "keys/", "offers/"))
+    }
+    since = time.time() - _ENDED_AFTER
+    alive = {
+        name
+        for name, each in inventory.listed.items()
+        if name.startswith("offers/") and each.modified >= since
+    }
+    used |= alive
     purged = purged_objects(inventory)
     addresses = {digest_bytes(each.encode()) for each in named if each.startswith(MLFLOW_SCHEMES)}
     # A model that is being onboarded may need a mask that no act refers to yet.
@@ -154,6 +168,7 @@ def in_use(inventory: Inventory, objects: ObjectStore) -> set[str]:
             or key.blob in named
             or (kind == "source" and inputs in addresses)
             or (kind == "mask" and waiting)
+            or (kind in _PIECES and alive)
         ):
             used.add(name)
             named.add(key.blob)

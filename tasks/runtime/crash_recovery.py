@@ -47,7 +47,7 @@ def mark_silent_runs(line: str) -> None:
         Unavailable: the Prefect server cannot be reached.
     """
     server, now = api(), datetime.now(UTC)
-    for flow in ("onboard", "remerge"):
+    for flow in ("onboard", "remerge", "assist"):
         for run in server.runs(flow, DEPLOYMENT, "PENDING", "RUNNING"):
             if run["parameters"].get("line") != line or run["id"] == this_run():
                 continue

@@ -5,7 +5,7 @@ our deployments on it, events are lost and the scheduled remerge does the work l
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
@@ -22,6 +22,8 @@ MASK_READY = "restitch.mask.ready"
 LINE = "restitch.line"  # followed by the kind of event, such as `promoted`
 
 MOST_STARTS = 20
+# The runs at once in a pool that starts a Job for each run, and has no limit of its own.
+MOST_JOBS = 8
 
 # Long enough for a restart of the server: nobody waits at a terminal for a worker.
 WORKER_PATIENCE = 60.0
@@ -103,6 +105,50 @@ def start_run(
         if run["state_type"] not in _FINAL:
             return
         key = digest_json([key, run["id"]])  # that run is over: ask for another
+
+
+def call_helpers(line: str, offer: str, most: int) -> tuple[str, ...]:
+    """Start runs in which idle workers help with work that this process has offered.
+
+    Args:
+        line: the line of the work.
+        offer: its identity.
+        most: the number of runs that have something to do.
+
+    Returns:
+        The runs: one for each other worker that is online, or for each Job that the pool may start.
+
+    Raises:
+        Unavailable: the server cannot be reached.
+    """
+    server = None if engine_url() is None else api()
+    deployment = None if server is None else server.deployment(f"assist/{DEPLOYMENT}")
+    if server is None or deployment is None:
+        return ()
+    pool = server.work_pool(deployment["work_pool_name"])
+    if pool is None:
+        return ()
+    if pool["type"] == "process":
+        free = len(server.online_workers(pool["name"]))
+    else:
+        free = pool["concurrency_limit"] or MOST_JOBS
+    count = min(most, free - is_workers_run())
+    parameters = {"line": line, "offer": offer}
+    asked = str(uuid4())  # another call asks again
+    keys = (digest_json([asked, number]) for number in range(count))
+    return tuple(str(server.create_run(deployment["id"], parameters, key)["id"]) for key in keys)
+
+
+def dismiss_helpers(runs: Iterable[str]) -> None:
+    """Cancel those runs of helpers that no worker has begun.
+
+    Raises:
+        Unavailable: the server cannot be reached.
+    """
+    for run in runs:
+        known = api().run(run)
+        if known is not None and known["state_type"] == "SCHEDULED":
+            api().set_state(run, "CANCELLED", "the work is done")
 
 
 def is_queued(flow: str, parameters: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from restitch.merging.errors import Unavailable
 from restitch.registry.mlflow.sync import without_credentials
@@ -67,6 +68,17 @@ class PrefectApi:
         body = {"parameters": dict(parameters), "idempotency_key": key, "state": state}
         path = f"/deployments/{deployment}/create_flow_run"
         return dict(self._send("POST", path, json=body).json())
+
+    def work_pool(self, name: str) -> Json | None:
+        """A work pool by its name, or None."""
+        return self._read(f"/work_pools/{quote(name)}")
+
+    def online_workers(self, pool: str) -> list[str]:
+        """The names of a pool's workers that have sent a heartbeat lately, at most 200."""
+        path = f"/work_pools/{quote(pool)}/workers/filter"
+        answer = self._send("POST", path, json={"limit": 200}, allow=(_NOT_FOUND,))
+        workers = [] if answer.status_code == _NOT_FOUND else answer.json()
+        return [worker["name"] for worker in workers if worker["status"] == "ONLINE"]
 
     def runs(self, flow: str, deployment: str, *states: str) -> list[Json]:
         """The runs of a deployment in the given states, at most 200."""

@@ -2,8 +2,12 @@
 
 import ast
 import asyncio
+import inspect
 import json
 import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
@@ -16,6 +20,7 @@ from kubernetes_asyncio.client import ApiClient
 from prefect.client.schemas.objects import FlowRun
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
+from restitch.cli.commands import lines, operations
 from restitch.deployments.local.doctor import VERSIONS
 from restitch.deployments.server.definitions import WORKER_ENVIRONMENT, automations
 from tests.deployments.compose import FOLDER, services
@@ -23,6 +28,7 @@ from tests.shell import ROOT
 
 OPERATIONS = ROOT / "docs" / "operations.md"
 KUBERNETES = FOLDER / "kubernetes.md"
+INDEXED_JOB = FOLDER / "kubernetes-indexed-job.yaml"
 TEMPLATE = FOLDER / "kubernetes-job-template.json"
 
 
@@ -115,14 +121,67 @@ def test_the_job_template_for_kubernetes_gives_a_job_with_a_gpu_and_the_settings
     assert set(re.findall(r"`([a-z_]+)`", table)) <= set(variables)
 
 
-async def rendered(template: dict[str, Any]) -> dict[str, Any]:
-    """The Job of a run. Kubernetes' own client would drop what its models do not know."""
-    values = KubernetesWorkerJobConfiguration.from_template_and_values
-    configuration = await values(template, {}, client=AsyncMock())
-    configuration.prepare_for_flow_run(FlowRun(id=uuid4(), name="a-run", flow_id=uuid4()))
-    job: dict[str, Any] = configuration.job_manifest
+def test_the_indexed_job_for_kubernetes_is_one_remerge_with_helpers() -> None:
+    job = yaml.safe_load(INDEXED_JOB.read_text(encoding="utf-8"))
+    asyncio.run(check_job(job))
+    spec = job["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] > 1
+    # Only pod 0 can end the Job well, and no helper can end it badly.
+    assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    assert spec["backoffLimitPerIndex"] == 0
+    assert "backoffLimit" not in spec
+    pod = spec["template"]["spec"]
+    [selected] = [one["labelSelector"] for one in pod["topologySpreadConstraints"]]
+    assert selected["matchLabels"] == spec["template"]["metadata"]["labels"]
+    template = json.loads(TEMPLATE.read_text(encoding="utf-8"))
+    of_runs = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    assert pod["securityContext"] == of_runs["securityContext"]
+    [container], [of_run] = pod["containers"], of_runs["containers"]
+    for name in ("envFrom", "volumeMounts"):
+        assert container[name] == of_run[name]
+    assert [one["name"] for one in pod["volumes"]] == [one["name"] for one in of_runs["volumes"]]
+
+
+@pytest.mark.parametrize(("index", "command"), [(0, ["remerge"]), (1, ["assist"]), (3, ["assist"])])
+def test_the_pods_of_the_indexed_job_run_commands_that_exist(
+    tmp_path: Path, index: int, command: list[str]
+) -> None:
+    job = yaml.safe_load(INDEXED_JOB.read_text(encoding="utf-8"))
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    said = tmp_path / "restitch"
+    said.write_text('#!/bin/sh\necho "$@"\n')
+    said.chmod(0o755)
+    done = subprocess.run(
+        [*container["command"], *container["args"]],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": str(index)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    name, *arguments = done.stdout.split()
+    assert [name] == command
+    known: dict[str, Callable[..., Any]] = {
+        "remerge": lines.remerge,
+        "assist": operations.assist,
+    }
+    options = {word.removeprefix("--") for word in arguments if word.startswith("--")}
+    assert options <= inspect.signature(known[name]).parameters.keys()
+
+
+async def check_job(job: dict[str, Any]) -> None:
+    """Read a Job with Kubernetes' own client, which drops what its models do not know."""
     async with ApiClient() as client:
         response = SimpleNamespace(data=json.dumps(job))
         read = client.deserialize(response, "V1Job")
         assert client.sanitize_for_serialization(read) == job
+
+
+async def rendered(template: dict[str, Any]) -> dict[str, Any]:
+    """The Job of a run."""
+    values = KubernetesWorkerJobConfiguration.from_template_and_values
+    configuration = await values(template, {}, client=AsyncMock())
+    configuration.prepare_for_flow_run(FlowRun(id=uuid4(), name="a-run", flow_id=uuid4()))
+    job: dict[str, Any] = configuration.job_manifest
+    await check_job(job)
     return job

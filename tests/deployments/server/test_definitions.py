@@ -104,5 +104,5 @@ def test_the_parameters_of_a_deployment_are_those_of_its_flow() -> None:
 
 def test_each_flow_has_its_pool() -> None:
     assert [(flow.flow, flow.pool) for flow in flows("gpu", "cpu")] == [
-        *(("onboard", "gpu"), ("remerge", "cpu"))
+        *(("onboard", "gpu"), ("remerge", "cpu"), ("assist", "cpu"))
     ]

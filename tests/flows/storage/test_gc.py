@@ -108,6 +108,26 @@ def test_young_objects_stay(copy: Shell) -> None:
     assert objects.lookup("patch", next(n for n in young if "/patch/" in n).rpartition("/")[2])
 
 
+def test_parts_of_a_merge_stay_while_it_offers_work(copy: Shell) -> None:
+    objects = objects_of(copy)
+    part = objects.put_blob(b"a part")
+    objects.publish("part", part, part)
+    objects.store.swap("offers/work/work.json", None, b"{}")
+    before = names_of(copy)
+    assert copy.json("gc", "--older-than", "0s", "--yes")["objects"] == 0
+    assert names_of(copy) == before
+    then = time.time() - 7200
+    os.utime(copy.home / "store" / "offers" / "work" / "work.json", (then, then))
+    removed = copy.json("gc", "--older-than", "0s", "--yes")
+    gone = {"offers/work/work.json", f"keys/part/{part}", f"blobs/{part}"}
+    assert before - names_of(copy) == gone
+    assert {kind: each["objects"] for kind, each in removed["kinds"].items()} == {
+        "keys": 1,
+        "offers": 1,
+        "part": 1,
+    }
+
+
 @pytest.mark.parametrize("age", ["", "x", "-3h", "3", "3y"])
 def test_an_invalid_age_is_refused(copy: Shell, age: str) -> None:
     assert "is not an age" in copy("gc", f"--older-than={age}", code=3).err

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
@@ -19,6 +19,7 @@ from restitch.merging.files.sparse import (
     Cursor,
     SparseFile,
     SparseTensor,
+    join_sparse,
     write_sparse,
     write_whole,
 )
@@ -371,3 +372,45 @@ def test_a_whole_file_has_the_bytes_of_a_sparse_file_that_keeps_everything(
     info = write_whole(folder / "y", checkpoint, values, kind="delta", metadata={"model": "m"})
     assert info == expected
     assert (folder / "y").read_bytes() == (folder / "x").read_bytes()
+
+
+_WEIGHTS = st.integers(1, 3).flatmap(
+    lambda size: st.tuples(
+        st.just(size),
+        st.sets(st.integers(0, size * 4 - 1)),
+        st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    )
+)
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_parts_join_to_the_bytes_of_one_file_however_the_tensors_were_split(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("parts")
+    drawn = data.draw(st.dictionaries(st.sampled_from(["a", "a b", "b", "é", "z"]), _WEIGHTS))
+    weighed_too = data.draw(st.booleans())
+    tensors = {}
+    for name, (rows, kept, dtype) in sorted(drawn.items(), key=lambda item: by_bytes(item[0])):
+        places = torch.tensor(sorted(kept), dtype=torch.int64)
+        tensors[name] = SparseTensor(name, (rows, 4), places, torch.randn(len(kept)).to(dtype))
+        if weighed_too:
+            tensors[name] = weighed(tensors[name], *range(1, rows + 5))
+    part_of = {name: data.draw(st.integers(0, 2)) for name in tensors}
+    for number in range(3):
+        own = [tensors[name] for name in tensors if part_of[name] == number]
+        write_sparse(folder / f"{number}", own, kind="patch", metadata={"part": str(number)})
+    parts = [SparseFile.open(folder / f"{number}") for number in (2, 0, 1)]
+    joined = join_sparse(folder / "joined", parts, kind="patch", metadata={"a": "b"})
+    whole = write_sparse(folder / "w", tensors.values(), kind="patch", metadata={"a": "b"})
+    assert joined == whole
+    assert (folder / "joined").read_bytes() == (folder / "w").read_bytes()
+
+
+def test_parts_with_a_common_tensor_do_not_join(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", [ONE], kind="patch", metadata={})
+    part = SparseFile.open(tmp_path / "x")
+    with pytest.raises(ValueError, match="a b"):
+        join_sparse(tmp_path / "y", [part, part], kind="patch", metadata={})
+    assert not (tmp_path / "y").exists()

@@ -10,7 +10,13 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import edited
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.numerics.rounding import round_once
-from restitch.merging.rules.stitch import DeltaMember, sparse_delta, stitch, write_patch
+from restitch.merging.rules.stitch import (
+    DeltaMember,
+    sparse_delta,
+    split_names,
+    stitch,
+    write_patch,
+)
 from tests import tiny
 
 
@@ -209,3 +215,12 @@ def test_patches_and_repeated_tasks_are_refused(tmp_path: Path) -> None:
         stitch(base, [DeltaMember("a", file), DeltaMember("a", file)])
     with pytest.raises(BadInput, match="overlap"):
         stitch(base, [DeltaMember("a", file)], overlap="median")
+
+
+def test_tensors_are_split_in_their_order_by_their_bytes_in_the_base(tmp_path: Path) -> None:
+    sizes = {"a": 2, "b": 3, "c": 9, "d": 1, "e": 1}
+    base = tiny.save(tmp_path, {name: torch.zeros(size) for name, size in sizes.items()})
+    assert split_names(base, sizes, 20) == (("a", "b"), ("c",), ("d", "e"))
+    assert split_names(base, sizes, 1) == tuple((name,) for name in sizes)
+    assert split_names(base, sizes, 10**9) == (tuple(sizes),)
+    assert split_names(base, [], 20) == ((),)

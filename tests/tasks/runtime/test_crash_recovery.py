@@ -82,7 +82,7 @@ def test_only_a_run_without_heartbeat_for_long_is_marked(
     server.answers[request] = (201, {})
     mark_silent_runs("demo")
     bodies = server.bodies(request)
-    # One for each of the two flows.
-    assert len(bodies) == (2 if marked else 0)
+    # One for each of the three flows.
+    assert len(bodies) == (3 if marked else 0)
     assert all(body["state"]["type"] == "CRASHED" and not body["force"] for body in bodies)
     assert not server.bodies(f"POST /flow_runs/{state}-another/set_state")
