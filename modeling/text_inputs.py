@@ -36,7 +36,10 @@ _BLOCKS = (
     "layers.[0-9]*",
     "layer.[0-9]*",
     "blocks.[0-9]*",
-    "h.[0-9]*",
+    # Not `h.0.attn.bias`, which is a mask in old files of GPT-2.
+    "h.[0-9]*.weight",
+    "h.[0-9]*[!n].bias",
+    "h.[0-9]*c_attn.bias",
 )
 # Tokens where nothing else limits them.
 _WITHOUT_LIMIT = 512

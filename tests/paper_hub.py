@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
+from safetensors.torch import load_file, save_file
 
 from restitch.modeling.data.imagenet import openai_imagenet
 from restitch.modeling.data.rows import Example
@@ -88,9 +89,20 @@ def _masked(folder: Path, paper: Paper) -> Path:
     return tiny_masked(folder, max_length=96, known=(*WORDS, *sorted(answers)))
 
 
+def _gpt2(folder: Path, _: Paper) -> Path:
+    """As the file of GPT-2 on the hub: without a prefix, and with the masks of its attention."""
+    file = tiny_decoder(folder, "gpt2") / "model.safetensors"
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+    size = tensors["wpe.weight"].shape[0]
+    mask = torch.tril(torch.ones(size, size)).view(1, 1, size, size)
+    masks = {f"h.{layer}.attn.bias": mask.clone() for layer in range(2)}
+    save_file(tensors | masks, file, metadata={"format": "pt"})
+    return folder
+
+
 _BASES: dict[str, Callable[[Path, Paper], Path]] = {
     "clip": lambda folder, _: tiny_clip(folder),
-    "text-classifier": lambda folder, _: tiny_decoder(folder, "gpt2"),
+    "text-classifier": _gpt2,
     "masked-lm": _masked,
     "seq2seq-lm": lambda folder, _: tiny_seq2seq(folder, "flan-t5", max_length=400),
     "causal-lm": lambda folder, _: tiny_decoder(folder, positions=2048),
