@@ -6,13 +6,19 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.access_policy import check_hub
 from restitch.registry.redaction import first_line
 from restitch.registry.sources.model_files import MODEL_FILES, SKIPPED_FILES, convert
 from restitch.registry.specs.task import split_pin
+
+# What is fetched of a model, in the words of huggingface_hub.
+_MODEL_FILES: dict[str, Any] = {
+    "allow_patterns": list(MODEL_FILES),
+    "ignore_patterns": list(SKIPPED_FILES),
+}
 
 
 def from_hub(text: str) -> tuple[str, str, Path]:
@@ -45,8 +51,7 @@ def _snapshot(name: str, revision: str) -> Path:
         snapshot_download,
         name,
         revision=revision,
-        allow_patterns=list(MODEL_FILES),
-        ignore_patterns=list(SKIPPED_FILES),
+        **_MODEL_FILES,
         endpoint=os.environ.get("HF_ENDPOINT"),
     )
     with suppress(errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
@@ -62,8 +67,11 @@ def commit_of(name: str, revision: str | None, kind: Literal["model", "dataset"]
 
     with _hub_explained(name, revision or "main"):
         if _is_offline():  # the cache decides
+            read = _MODEL_FILES if kind == "model" else {}
             return Path(
-                snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
+                snapshot_download(
+                    name, repo_type=kind, revision=revision, local_files_only=True, **read
+                )
             ).name
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
         commit = api.repo_info(name, repo_type=kind, revision=revision).sha

@@ -51,6 +51,7 @@ class _Tokens:
     task_heads: TaskHeads | None = None
     modality: Literal["text", "image"] = "text"
     kinds: tuple[Kind, ...] = ()
+    also: tuple[Kind, ...] = ()
     model_types: tuple[str, ...] = ()
     parts: tuple[Kind, ...] = ()
     reads_prompts = False

@@ -189,7 +189,7 @@ def test_a_package_is_imported_only_when_its_family_is_named(packages):
     [
         ("mine", "gone:Mine", "No module named 'gone'"),
         ("mine", "my_family:Gone", "Gone"),
-        ("mine", "my_family:Half", "no asset_files, build_head"),
+        ("mine", "my_family:Half", "no also, asset_files, build_head"),
         ("other", "my_family:Mine", "name = 'mine'"),
     ],
 )

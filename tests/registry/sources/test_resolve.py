@@ -138,9 +138,9 @@ class TestHub:
         assert sizes_on_hub("org/rows", "dataset") == {"data/test.jsonl": 2}
         with pytest.raises(BadInput, match="org/gone"):
             sizes_on_hub("org/gone", "dataset")
-        resolve_source("org/model", home)
+        pinned = resolve_source("org/model", home).uri
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        assert sizes_on_hub("org/model", "model") == {}
+        assert sizes_on_hub(pinned, "model") == {}
         with pytest.raises(Unavailable):
             sizes_on_hub("org/rows", "dataset")
 
