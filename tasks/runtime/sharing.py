@@ -348,10 +348,11 @@ def take_part(space: Workspace, offer: Offer, pieces: Pieces) -> tuple[int, ...]
         if is_done(space, pieces.work, number) or not offer.claim(number):
             continue
         try:
-            pieces.do(number)
+            if not is_done(space, pieces.work, number):  # just before this claim
+                pieces.do(number)
+                done.append(number)
         finally:
             offer.release(number)
-        done.append(number)
     return tuple(done)
 
 
