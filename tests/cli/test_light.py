@@ -16,14 +16,34 @@ from tests.worlds import World
 
 HEAVY = ("mlflow", "torch", "transformers", "prefect", "datasets", "sqlalchemy", "numpy", "PIL")
 
+# Every command runs in a process of its own, which is forked when the command line is imported.
 PROBE = f"""
-import json, sys
+import json, os, sys, tempfile
 from restitch.cli.main import main
-try:
-    main()
-except SystemExit as end:
-    code = end.code or 0
-print(json.dumps([code, sorted(set({HEAVY!r}) & set(sys.modules))]), file=sys.stderr)
+
+def run(words):
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as found:
+        child = os.fork()
+        if not child:
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+            sys.argv[1:] = words
+            code = 0
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+            sys.stdout.flush()
+            sys.stderr.flush()
+            json.dump([code, sorted(set({HEAVY!r}) & set(sys.modules))], found)
+            found.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+        printed.seek(0)
+        found.seek(0)
+        return [*json.loads(found.read() or "[null, []]"), printed.read()]
+
+print(json.dumps([run(words) for words in json.load(sys.stdin)]))
 """
 
 TASK = "TASK"  # stands for the path of a task file
@@ -53,19 +73,33 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
-def test_nothing_heavy_is_imported_before_the_arguments_are_checked(
-    three: Three, world: World, args: tuple[str, ...]
-) -> None:
-    code, text = COMMANDS[args]
-    words = [str(world.task("colour")) if word == TASK else word for word in args]
+Probed = dict[tuple[str, ...], tuple[int, list[str], str]]
+
+
+@pytest.fixture(scope="module")
+def probed(three: Three, world: World) -> Probed:
+    """The exit code, the heavy modules and the output of each command."""
+    task = str(world.task("colour"))
+    asked = [[task if word == TASK else word for word in words] for words in COMMANDS]
     with three.shell.inside():
         done = subprocess.run(
-            [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", PROBE],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
         )
-    *err, probed = done.stderr.splitlines()
-    assert json.loads(probed) == [code, []]
-    assert text in done.stdout + "\n".join(err)
+    return dict(zip(COMMANDS, map(tuple, json.loads(done.stdout)), strict=True))
+
+
+@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
+def test_nothing_heavy_is_imported_before_the_arguments_are_checked(
+    probed: Probed, args: tuple[str, ...]
+) -> None:
+    code, text = COMMANDS[args]
+    assert probed[args][:2] == (code, [])
+    assert text in probed[args][2]
 
 
 def test_looking_needs_no_mlflow(three: Three) -> None:
