@@ -99,7 +99,15 @@ def test_a_line_of_subspaces_is_verified_rebuilt_and_analyzed(
     assert "mask</th>" not in page
 
 
-@pytest.mark.parametrize("study", ["density", "shots", "continual", "runtime", "agreement"])
+@pytest.mark.parametrize(
+    "study",
+    [
+        "density",
+        "continual",
+        # These read a line's deltas by the same functions as the two above.
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("shots", "runtime", "agreement")),
+    ],
+)
 def test_a_study_of_a_line_of_subspaces(three_subspaces: Shell, study: str, tmp_path: Path) -> None:
     done = three_subspaces.json("study", study, "demo", "--out", tmp_path / study)
     assert done["rows"]
