@@ -65,9 +65,11 @@ def assist(
 ) -> None:
     """Take a part of long work that other processes on this store do: merges, evaluations, exports.
 
-    For more hosts without a Prefect worker, such as the pods of one Kubernetes Job. Workers of
-    `restitch deploy` need no command: a remerge that takes long asks those that are idle.
-    Its messages say what it did; with --json each help is a document on a line of its own.
+    For hosts without a Prefect worker, such as the pods of one Kubernetes Job.
+
+    Workers of Prefect need no command: long work asks those that are idle.
+
+    With --json each help is a document on a line of its own.
     """
     from restitch.flows.assist import assist_all
 
