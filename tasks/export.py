@@ -16,8 +16,8 @@ from restitch.tasks.inputs.checkpoints import open_base, open_sparse
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef
-from restitch.tasks.runtime.sharing import Work, sharing
-from restitch.tasks.runtime.workspace import Workspace, made_by
+from restitch.tasks.runtime.sharing import Work, sharing, stored
+from restitch.tasks.runtime.workspace import Workspace
 
 
 class Shards:
@@ -70,16 +70,12 @@ class Shards:
 @step("write shard", "write {name}")
 def write_shard(shards: Shards, number: int, name: str) -> str | Cached[str]:
     """The digest of a file of a merged version, from the store or written now."""
-    objects, key = shards.space.objects, shards.work.keys[number]
-    record = objects.lookup(shards.work.results, key)
-    if record is not None:
-        return Cached(record.blob)
-    with shards.space.scratch() as scratch, working(f"writing {name}") as progress:
-        file = scratch / "shard"
-        base = shards.base.checkpoint
-        write_file(base, shards.edits, file, shards.files[number], progress)
-        blob = objects.put_blob(file, move=True)
-    return objects.publish(shards.work.results, key, blob, made_by()).blob
+
+    def write(file: Path) -> None:
+        with working(f"writing {name}") as progress:
+            write_file(shards.base.checkpoint, shards.edits, file, shards.files[number], progress)
+
+    return stored(shards.space, shards.work, number, write)
 
 
 def export_shared(

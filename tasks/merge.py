@@ -29,7 +29,7 @@ from restitch.tasks.inputs.checkpoints import Base, device, memory_explained, op
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, PatchRef
-from restitch.tasks.runtime.sharing import Work, part_size, sharing
+from restitch.tasks.runtime.sharing import Work, part_size, sharing, stored
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 from restitch.tasks.statistics import known_statistics, statistic_inputs, statistics
 
@@ -189,15 +189,7 @@ class PatchParts:
 @step("stitch part", "stitch part {title}")
 def stitch_part(parts: PatchParts, number: int, title: str) -> str | Cached[str]:
     """The digest of a part of a patch, from the store or made now."""
-    objects, key = parts.space.objects, parts.work.keys[number]
-    record = objects.lookup(parts.work.results, key)
-    if record is not None:
-        return Cached(record.blob)
-    with parts.space.scratch() as scratch:
-        file = scratch / "part.safetensors"
-        parts.write(file, number)
-        blob = objects.put_blob(file, move=True)
-    return objects.publish(parts.work.results, key, blob, made_by()).blob
+    return stored(parts.space, parts.work, number, lambda file: parts.write(file, number))
 
 
 def _write_shared(

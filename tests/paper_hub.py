@@ -39,7 +39,7 @@ from tests.tiny_models import (
 
 TEST_ROWS = 24
 BLOCKS = ("*encoder.layers.*", "*encoder.layer.*", "*.h.*", "*block.*", "*model.layers.*")
-# The classes of data sets that name them otherwise than their task does.
+# The class names of data sets that differ from those of their task.
 ENTAILMENT = ("entailment", "neutral", "contradiction")
 NAMED = {
     "nyu-mll/glue:cola": ("unacceptable", "acceptable"),

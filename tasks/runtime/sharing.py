@@ -14,10 +14,11 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from restitch.merging.digests import digest_json
@@ -26,8 +27,9 @@ from restitch.registry.sizes import parse_size
 from restitch.registry.store.attempts import process_began, this_process
 from restitch.registry.store.base import NotInStore, Store
 from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.engine import Cached
 from restitch.tasks.runtime.events import call_helpers, dismiss_helpers
-from restitch.tasks.runtime.workspace import Workspace
+from restitch.tasks.runtime.workspace import Workspace, made_by
 
 SHARE_AFTER, PART_SIZE = "RESTITCH_SHARE_AFTER", "RESTITCH_PART_SIZE"
 # A helper starts and opens the model in ten to thirty seconds: shorter work gains nothing.
@@ -111,6 +113,21 @@ def part_size() -> int:
 def is_done(space: Workspace, work: Work, number: int) -> bool:
     """True if the result of a piece is in the store."""
     return space.objects.lookup(work.results, work.keys[number]) is not None
+
+
+def stored(
+    space: Workspace, work: Work, number: int, write: Callable[[Path], object]
+) -> str | Cached[str]:
+    """The digest of a piece that is a file, from the store or written now."""
+    objects, key = space.objects, work.keys[number]
+    record = objects.lookup(work.results, key)
+    if record is not None:
+        return Cached(record.blob)
+    with space.scratch() as scratch:
+        file = scratch / "piece"
+        write(file)
+        blob = objects.put_blob(file, move=True)
+    return objects.publish(work.results, key, blob, made_by()).blob
 
 
 class Offer:
