@@ -2,11 +2,12 @@
 
 Evaluation is deterministic: evaluation mode, and the same batches every time. Among equal scores
 the lower class ranks first, and a row with a NaN score counts as wrong. A score of minus infinity
-stands for a choice that a row does not have. `row_values` has the intervals.
+stands for a choice that a row does not have. A row may have several right choices or answers.
+`row_values` has the intervals.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,16 +112,28 @@ def evaluate(
         losses = scored(lambda batch: family.text_losses(model, batch, head).double().cpu().numpy())
         return Evaluation.of(Losses.of(of, losses[:, 0], units_of(rows, head, losses[:, 1])))
     if metric == "exact_match":
-        answers = [str(rows[place].choices[0]) for place in range(len(rows))]
+        answers = rows.answers
         found = scored(lambda batch: np.array(family.generate(model, batch, head), dtype=object))
         spec = head.spec.generate or GenerateSpec()
-        pairs = zip(found.tolist(), answers, strict=True)
-        right = np.array([is_match(text, answer, spec) for text, answer in pairs], dtype=np.bool_)
-        return Evaluation.of(Bits(of, right))
+        right = [
+            any(is_match(text, answer, spec) for answer in own)
+            for text, own in zip(found.tolist(), answers, strict=True)
+        ]
+        return Evaluation.of(Bits(of, np.array(right, dtype=np.bool_)))
     scores = scored(lambda batch: family.logits(model, batch, head).float().cpu().numpy())
     if metric == "squared_error":
         return Evaluation.of(Errors.of(of, np.square(scores[:, 0].astype(np.float64) - targets)))
-    return summarize(scores, targets, metric)
+    return summarize(scores, targets if rows.right is None else best(scores, rows.right), metric)
+
+
+def best(scores: NDArray[np.float32], right: Sequence[tuple[int, ...]]) -> NDArray[np.int64]:
+    """The right choice of each row with the highest score, of scores, [rows, choices].
+
+    As in lm-eval, a row is right if any of its right choices has the highest score of all.
+    """
+    return np.array(
+        [min(own, key=lambda one: (-row[one], one)) for row, own in zip(scores, right, strict=True)]
+    )
 
 
 def units_of(rows: Rows, head: Head, tokens: NDArray[Any]) -> NDArray[Any]:

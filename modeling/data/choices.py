@@ -1,9 +1,9 @@
-"""Choices that differ from row to row: a list of answers in each row, and which one is right."""
+"""Choices that differ from row to row: a list of answers in each row, and which ones are right."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.tables import Table
@@ -48,48 +48,70 @@ def _choices(value: object, where: str) -> Choices:
     return choices
 
 
-def choice_indices(table: Table, column: str, choices: Sequence[Choices]) -> NDArray[np.int64]:
-    """The index of the right choice of every row.
+def right_choices(table: Table, column: str, choices: Sequence[Choices]) -> list[tuple[int, ...]]:
+    """The indices of the right choices of every row: its label, or a list of labels.
 
     A whole number is an index. A text is one of the row's choices; only if no text of the column
     is, texts of digits are indices.
 
     Raises:
-        BadInput: a label is neither, or can be read in two ways; names the row.
+        BadInput: a label is neither, or can be read in two ways, or a list is empty; names the row.
     """
-    values = table.column(column)
-    numbers = [_number(value, len(own)) for value, own in zip(values, choices, strict=True)]
-    texts = [
-        own.index(value) if isinstance(value, str) and value in own else None
-        for value, own in zip(values, choices, strict=True)
+    labels = [
+        (row, label)
+        for row, value in enumerate(table.column(column))
+        for label in (value if isinstance(value, (list, tuple)) else [value])
     ]
-    strings = [row for row, value in enumerate(values) if isinstance(value, str)]
-    unclear = [row for row in strings if texts[row] not in (None, numbers[row])]
-    unclear = [row for row in unclear if numbers[row] is not None]
-    as_texts = all(texts[row] is not None for row in strings)
-    as_numbers = all(numbers[row] is not None for row in strings)
+    right: list[tuple[int, ...]] = [()] * len(choices)
+    for (row, _), index in zip(labels, _indices(table, labels, choices), strict=True):
+        right[row] = (*right[row], index)
+    if () in right:
+        raise BadInput(
+            f"{table.where(right.index(()))} has no right choice",
+            expected="an index, one of the choices, or a list of them",
+            found="an empty list",
+            hint="correct the column under label:, or leave out rows without a label",
+        )
+    return right
+
+
+def _indices(
+    table: Table, labels: Sequence[tuple[int, Any]], choices: Sequence[Choices]
+) -> list[int]:
+    """The index that each label is; the labels come with their rows."""
+    numbers = [_number(label, len(choices[row])) for row, label in labels]
+    texts = [
+        choices[row].index(label) if isinstance(label, str) and label in choices[row] else None
+        for row, label in labels
+    ]
+    strings = [at for at, (_, label) in enumerate(labels) if isinstance(label, str)]
+    unclear = [at for at in strings if texts[at] not in (None, numbers[at])]
+    unclear = [at for at in unclear if numbers[at] is not None]
+    as_texts = all(texts[at] is not None for at in strings)
+    as_numbers = all(numbers[at] is not None for at in strings)
     if unclear and as_texts == as_numbers:
-        row = unclear[0]
+        at = unclear[0]
+        row, label = labels[at]
         raise BadInput(
             f"{table.where(row)}: the label can be read in two ways",
             expected="labels that are either texts or indices of the choices",
-            found=f"{values[row]!r} is choice {texts[row]}, and the index of"
-            f" {choices[row][numbers[row] or 0]!r}",
+            found=f"{label!r} is choice {texts[at]}, and the index of"
+            f" {choices[row][numbers[at] or 0]!r}",
             hint="write the labels as whole numbers in JSON lines or Parquet",
         )
     read = numbers if as_numbers and not as_texts else texts
-    result = np.empty(len(table), dtype=np.int64)
-    for row, value in enumerate(values):
-        index = read[row] if isinstance(value, str) else numbers[row]
+    result = []
+    for at, (row, label) in enumerate(labels):
+        index = read[at] if isinstance(label, str) else numbers[at]
         if index is None:
             raise BadInput(
                 f"{table.where(row)}: the label is not one of the row's choices",
                 expected=f"an index from 0 to {len(choices[row]) - 1}, or one of"
                 f" {', '.join(map(repr, choices[row]))}"[: 4 * _SHOWN],
-                found=repr(value)[:_SHOWN],
+                found=repr(label)[:_SHOWN],
                 hint="correct the column under label:, or leave out rows without a label",
             )
-        result[row] = index
+        result.append(index)
     return result
 
 

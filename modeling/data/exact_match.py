@@ -1,5 +1,7 @@
 """Compare generated texts with the right answers, for `metric: exact_match`.
 
+A row may have several right answers: a text that is any of them is right.
+
 The steps are those of lm-eval's filter `regex` and metric `exact_match`, in its order. White space
 around a text never counts.
 """

@@ -58,8 +58,8 @@ class LmEvalTask:
         name: its name in lm-eval.
         version: its own version.
         splits: rows by train, validation and test, with the columns `prompt`, `choices` and
-            `label`, or `prompt` and `answer`, or `text`; the test rows are those that lm-eval
-            reports on.
+            `label`, or `prompt` and `answer`, or `text`; labels and answers are lists where several
+            are right. The test rows are those that lm-eval reports on.
         score: how choices are compared: by their sums, unless its only metric is `acc_norm`.
         generate: how answers are generated and compared; None for other tasks.
         per: the unit of the perplexity of whole texts; None for other tasks.
@@ -259,6 +259,7 @@ def _generating(task: Any, name: str, where: str) -> LmEvalTask:
             f"{where} generates several answers",
             expected="repeats: 1; restitch takes the likeliest token each time",
             found=f"repeats: {task.config.repeats}",
+            hint="write a file with `repeats: 1` that includes that of the task",
         )
     spec = _generate_spec(task, where)
 
@@ -271,7 +272,7 @@ def _generating(task: Any, name: str, where: str) -> LmEvalTask:
                 found=repr(context[-20:]),
                 hint="leave out the white space at the end of doc_to_text",
             )
-        return {"prompt": context, "answer": _answer(task, doc, spec, place)}
+        return {"prompt": context, "answer": _answers(task, doc, spec, place)}
 
     splits = _splits(task, where, row)
     return LmEvalTask(name, str(task.VERSION), splits, generate=spec)
@@ -329,13 +330,15 @@ def _context(task: Any, doc: Mapping[str, Any]) -> str:
 def _choices(task: Any, doc: Mapping[str, Any], where: str) -> Row:
     """One document as a question, with the texts of lm-eval's requests."""
     context = _context(task, doc)
-    choices, gold = task.doc_to_choice(doc), task.doc_to_target(doc)
+    choices, gold = task.doc_to_choice(doc), _target(task, doc, where)
     if isinstance(gold, str) and gold in choices:
         gold = choices.index(gold)
-    if type(gold) is not int or not 0 <= gold < len(choices):
+    right = gold if isinstance(gold, list) else [gold]
+    if not right or any(type(one) is not int or not 0 <= one < len(choices) for one in right):
         raise BadInput(
-            f"{where} has no single right choice",
-            expected=f"an index from 0 to {len(choices) - 1}, or one of the choices",
+            f"{where} has no right choice",
+            expected=f"an index from 0 to {len(choices) - 1}, a list of indices, or one of the"
+            " choices",
             found=repr(gold)[:200],
         )
     prompt = context + task.config.target_delimiter
@@ -347,6 +350,22 @@ def _choices(task: Any, doc: Mapping[str, Any], where: str) -> Row:
             hint="put the space into target_delimiter and not into the choices",
         )
     return {"prompt": prompt, "choices": [str(choice) for choice in choices], "label": gold}
+
+
+def _target(task: Any, doc: Mapping[str, Any], where: str) -> Any:
+    """The right answer of a document, or a list of them.
+
+    lm-eval looks at the first row to see whether rows have lists, and reads all others like it.
+    """
+    gold = task.doc_to_target(doc)
+    if gold != [] and isinstance(gold, list) != bool(task.multiple_target):
+        raise BadInput(
+            f"{where}: the right answer is of another form than in the first row",
+            expected="a list of answers" if task.multiple_target else "one answer",
+            found=repr(gold)[:200],
+            hint="write doc_to_target so that all rows have lists, or none",
+        )
+    return gold
 
 
 def _generate_spec(task: Any, where: str) -> GenerateSpec:
@@ -397,26 +416,34 @@ def _extraction(filters: Sequence[Mapping[str, Any]], where: str) -> dict[str, A
     return {"extract": patterns[0].get("regex_pattern"), "extract_last": last == -1}
 
 
-def _answer(task: Any, doc: Mapping[str, Any], spec: GenerateSpec, where: str) -> str:
-    """The right answer of a document."""
-    gold = task.doc_to_target(doc)
+def _answers(task: Any, doc: Mapping[str, Any], spec: GenerateSpec, where: str) -> str | list[str]:
+    """The right answer of a document, or all of them."""
+    gold = _target(task, doc, where)
     if task.config.doc_to_choice is not None:
         gold = task.doc_to_choice(doc)[gold]
-    if isinstance(gold, list | tuple):
+    if not isinstance(gold, list):
+        return _answer(str(gold), spec, where)
+    if not gold or not all(isinstance(one, str) for one in gold):
         raise BadInput(
-            f"{where} has several right answers",
-            expected="one text, or a number",
+            f"{where} has no list of right answers",
+            expected="one text or more, which lm-eval compares with the generated one",
             found=repr(gold)[:200],
+            hint="write the answers as texts in doc_to_target",
         )
+    return [_answer(one, spec, where) for one in gold]
+
+
+def _answer(gold: str, spec: GenerateSpec, where: str) -> str:
+    """A text that restitch compares as lm-eval does a right answer."""
     # lm-eval extracts from generated texts alone.
-    right = without_ignored(str(gold), spec)
-    for answer in (str(gold), right):
+    right = without_ignored(gold, spec)
+    for answer in (gold, right):
         if answer.strip() and right_text(answer, spec) == right:
             return answer
     raise BadInput(
         f"{where}: the right answer cannot be compared",
         expected="an answer of which the filter's regex takes all or nothing",
-        found=f"{gold!r}, of which it takes {right_text(str(gold), spec)!r}"[:300],
+        found=f"{gold!r}, of which it takes {right_text(gold, spec)!r}"[:300],
     )
 
 

@@ -5,7 +5,6 @@ their table. Labels are checked against the classes before any input is read; no
 and every error names its file and row.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,12 @@ from numpy.typing import NDArray
 
 from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.errors import BadInput
-from restitch.modeling.data.choices import choice_indices, row_choices
+from restitch.modeling.data.choices import right_choices, row_choices
 from restitch.modeling.data.images import image_bytes, open_image
 from restitch.modeling.data.labels import Classes, class_indices
 from restitch.modeling.data.numbers import numbers
 from restitch.modeling.data.tables import ListTable, Table
-from restitch.modeling.data.texts import text_of
+from restitch.modeling.data.texts import answers_of, text_of
 from restitch.registry.specs.prompt import fill_in, parts_at_mask
 from restitch.registry.specs.task import Modality, TextUnit
 
@@ -35,7 +34,8 @@ class Prompt:
     Attributes:
         text: with the names of columns in braces.
         choices_column: the column with the choices of each row; None if all rows have the same.
-        answer: the column with the one answer of each row, which has class 0.
+        answer: the column with the right answer of each row, or a list of them. The first one has
+            class 0.
         chat: it is a turn of the user in a chat.
         mask: `{mask}` is the place of the answer: a row's texts are what stands before and after.
     """
@@ -58,10 +58,11 @@ class Example:
 
     Attributes:
         inputs: texts, or one `PIL.Image.Image`.
-        label: the index of its class; None if the data has no labels.
+        label: the index of its class, the first one of several right choices; None if the data has
+            no labels.
         where: file and row, for errors.
-        choices: the names of the classes; None fills up the lists of rows that have fewer choices
-            than others.
+        choices: the names of the classes, or the first right answer alone; None fills up the lists
+            of rows that have fewer choices than others.
         chat: the text is a turn of the user in a chat.
         number: its number, for a head that gives one.
     """
@@ -138,27 +139,28 @@ class Rows:
     def _choices(self, row: int) -> tuple[str | None, ...]:
         """The choices of a row of the table, filled up to the number of classes."""
         if self.prompt is not None and self.prompt.answer is not None:
-            return (self._answer(row, self.prompt.answer),)
+            return self._answers(row, self.prompt.answer)[:1]
         if self._lists is None:
             return self.labels
         own = self._lists[row]
         return (*own, *[None] * (self.class_count - len(own)))
 
-    def _answer(self, row: int, column: str) -> str:
-        """The answer of a row of the table; a number is read as text, with six digits."""
-        where = f"{self.table.where(row)}, column {column!r}"
+    def _answers(self, row: int, column: str) -> tuple[str, ...]:
+        """The right answers of a row of the table."""
         value = self.table.row(row, (column,))[0]
-        if type(value) is int or (type(value) is float and math.isfinite(value)):
-            value = f"{value:.6g}" if isinstance(value, float) else str(value)
-        answer = text_of(value, where)
-        if not answer.strip():
-            raise BadInput(
-                f"{where} is an empty answer",
-                expected="a text that the model can generate",
-                found=repr(answer),
-                hint="write the answer, or leave out the row",
-            )
-        return answer
+        return answers_of(value, f"{self.table.where(row)}, column {column!r}")
+
+    @property
+    def answers(self) -> list[tuple[str, ...]]:
+        """The right answers of every row, for a prompt with `answer`."""
+        assert self.prompt is not None
+        assert self.prompt.answer is not None
+        return [self._answers(row, self.prompt.answer) for row in self._places]
+
+    @property
+    def _places(self) -> Sequence[int]:
+        """The rows of the table."""
+        return range(len(self.table)) if self.indices is None else self.indices.tolist()
 
     @property
     def _lists(self) -> list[tuple[str, ...]] | None:
@@ -169,6 +171,23 @@ class Rows:
             self._memo["lists"] = row_choices(self.table, self.prompt.choices_column)
         lists: list[tuple[str, ...]] = self._memo["lists"]
         return lists
+
+    @property
+    def _right(self) -> list[tuple[int, ...]] | None:
+        """The right choices of each row of the table; None if all rows have the same choices."""
+        lists = self._lists
+        if lists is None or self.label is None:
+            return None
+        if "right" not in self._memo:
+            self._memo["right"] = right_choices(self.table, self.label, lists)
+        right: list[tuple[int, ...]] = self._memo["right"]
+        return right
+
+    @property
+    def right(self) -> list[tuple[int, ...]] | None:
+        """The indices of the right choices of every row; None if all rows have the same choices."""
+        right = self._right
+        return None if right is None else [right[row] for row in self._places]
 
     @property
     def class_count(self) -> int:
@@ -186,28 +205,31 @@ class Rows:
         chosen = np.asarray(positions, dtype=np.int64)
         base = np.arange(len(self.table)) if self.indices is None else self.indices
         same: dict[str, Any] = {
-            key: self._memo[key] for key in ("lists", "count") if key in self._memo
+            key: self._memo[key] for key in ("lists", "count", "right") if key in self._memo
         }
         return replace(self, indices=base[chosen], _memo=same)
 
     @property
     def targets(self) -> NDArray[Any]:
-        """The class index of every row, or its number, without reading inputs."""
+        """The class index of every row, or its number, without reading inputs.
+
+        A row with several right choices has the first one.
+        """
         if "targets" not in self._memo:
             if self.label is None:
                 raise BadInput(
                     f"the rows of {self.table.name} have no labels",
                     hint="set label: to the column with the class",
                 )
-            lists = self._lists
+            right = self._right
             notes: tuple[str, ...] = ()
             indices: NDArray[Any]
             if self.of_numbers:
                 indices = numbers(self.table, self.label)
             elif self.prompt is not None and self.prompt.answer is not None:
                 indices = np.zeros(len(self.table), dtype=np.int64)
-            elif lists is not None:
-                indices = choice_indices(self.table, self.label, lists)
+            elif right is not None:
+                indices = np.array([own[0] for own in right], dtype=np.int64)
             else:
                 indices, notes = class_indices(
                     self.table, self.label, Classes(self.labels, self.classes)
@@ -232,9 +254,8 @@ class Rows:
 
     def lengths(self) -> NDArray[np.int64]:
         """The number of characters in all texts of each row."""
-        rows = range(len(self.table)) if self.indices is None else self.indices.tolist()
         return np.array(
-            [sum(len(str(v)) for v in self.table.row(row, self.inputs)) for row in rows],
+            [sum(len(str(v)) for v in self.table.row(row, self.inputs)) for row in self._places],
             dtype=np.int64,
         )
 
@@ -248,24 +269,24 @@ class Rows:
 
     def in_memory(self) -> "Rows":
         """The same rows in memory, read in the table's order: for few rows that are read often."""
-        rows = np.arange(len(self.table)) if self.indices is None else self.indices
+        rows = self._places
         own = None if self.prompt is None else self.prompt.choices_column
         columns = (*self.inputs, *(name for name in (self.label, own) if name is not None))
-        read = {row: self.table.row(row, columns) for row in sorted(set(rows.tolist()))}
+        read = {row: self.table.row(row, columns) for row in sorted(set(rows))}
         values = {
-            column: [read[row][place] for row in rows.tolist()]
-            for place, column in enumerate(columns)
+            column: [read[row][place] for row in rows] for place, column in enumerate(columns)
         }
-        wheres = [self.table.where(row) for row in rows.tolist()]
+        wheres = [self.table.where(row) for row in rows]
         table = ListTable(self.table.name, self.table.root, values, wheres=wheres)
-        memo = {} if self.label is None else {"targets": self.targets}
+        memo: dict[str, Any] = {} if self.label is None else {"targets": self.targets}
+        if (right := self.right) is not None:
+            memo["right"] = right
         return replace(self, table=table, indices=None, _memo=memo)
 
     def digest(self) -> str:
         """The digest of raw inputs and classes, independent of where the rows are."""
-        rows = range(len(self.table)) if self.indices is None else self.indices.tolist()
         inputs = []
-        for row in rows:
+        for row in self._places:
             if self.modality == "image":
                 where = self.table.where(row)
                 values = tuple(

@@ -1,5 +1,6 @@
 """Texts of rows, checked before a tokenizer sees them."""
 
+import math
 import re
 
 from restitch.merging.errors import BadInput
@@ -32,3 +33,36 @@ def text_of(value: object, where: str) -> str:
             hint="write the text again as UTF-8, or remove the row",
         )
     return value
+
+
+def answers_of(value: object, where: str) -> tuple[str, ...]:
+    """The right answers in a column: a text or a number, or a list of them.
+
+    A number is read as text, with six digits.
+
+    Raises:
+        BadInput: an answer is something else or empty, or there is none.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not values:
+        raise BadInput(
+            f"{where} has no answer",
+            expected="a text, or a list of texts",
+            found="an empty list",
+            hint="write the answers that are right, or leave out the row",
+        )
+    return tuple(_answer(one, where) for one in values)
+
+
+def _answer(value: object, where: str) -> str:
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        value = f"{value:.6g}" if isinstance(value, float) else str(value)
+    answer = text_of(value, where)
+    if not answer.strip():
+        raise BadInput(
+            f"{where} is an empty answer",
+            expected="a text that the model can generate",
+            found=repr(answer),
+            hint="write the answer, or leave out the row",
+        )
+    return answer

@@ -347,10 +347,10 @@ class TaskSpec(Spec):
     the answer."""
     choices_column: Text | None = Field(default=None, examples=["options"])
     """The column with a list of answers in each row, in place of `choices`; the label is an index
-    into it, or one of its texts."""
+    into it or one of its texts, or a list of them if several are right."""
     answer: Text | None = Field(default=None, examples=["answer"])
-    """The column with the right answer, in place of `choices`: the model generates a text after the
-    prompt, and `metric: exact_match` compares it with the answer."""
+    """The column with the right answer, or with a list of them, in place of `choices`: the model
+    generates a text after the prompt, and `metric: exact_match` compares it with each answer."""
     generate: GenerateSpec | None = None
     """How an answer is generated and compared; only with `answer`."""
     lm_eval: Text | None = Field(default=None, examples=["arc_easy", "tasks/arc.yaml"])

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Rows
 from restitch.modeling.data.tables import ListTable
-from restitch.modeling.evaluation import Evaluation, evaluate, summarize
+from restitch.modeling.evaluation import Evaluation, best, evaluate, summarize
 from restitch.modeling.families.family import get_family
 from restitch.modeling.row_values import Bits, Classes, Losses
 from restitch.modeling.significance import wilson
@@ -52,6 +52,13 @@ def test_the_interval_solves_wilson_s_equation():
 def test_equal_scores_rank_the_lower_class_first():
     found = summarize(scores([1, 1, 0], [1, 1, 0], [0, 0, 0]), np.array([0, 1, 2]), "accuracy")
     assert right(found) == [True, False, False]
+
+
+def test_a_row_is_right_if_any_of_its_right_choices_ranks_first():
+    rows = scores([3, 1, 2], [1, 3, 2], [2, 2, 1], [1, 2, 2], [-math.inf, 0, 1])
+    chosen = best(rows, [(2, 0), (0, 2), (2, 1), (2, 1), (0,)])
+    assert chosen.tolist() == [0, 2, 1, 1, 0]
+    assert right(summarize(rows, chosen, "accuracy")) == [True, False, False, True, False]
 
 
 def test_a_nan_score_counts_as_wrong():

@@ -17,14 +17,16 @@ from restitch.registry.specs.task import DataSpec
 PROMPT = Prompt("Q {q}\nA", "options")
 
 
-def rows_of(folder: Path, rows: list[dict[str, Any]], form: str = "jsonl") -> Rows:
+def rows_of(
+    folder: Path, rows: list[dict[str, Any]], form: str = "jsonl", prompt: Prompt = PROMPT
+) -> Rows:
     file = folder / f"t.{form}"
     if form == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), file)
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = DataSpec(path=str(folder), test=file.name, input=("q",))
-    return open_split(spec, "test", prompt=PROMPT)
+    return open_split(spec, "test", prompt=prompt)
 
 
 def row(label: Any, *options: Any, q: Any = "what") -> dict[str, Any]:
@@ -60,9 +62,20 @@ def test_labels_are_indices_or_texts(
     assert rows_of(tmp_path, rows).targets.tolist() == expected
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_row_may_have_several_right_choices(tmp_path: Path, form: str) -> None:
+    rows = rows_of(tmp_path, [row(["c", "a"], "a", "b", "c"), row(["e"], "d", "e")], form)
+    assert rows.right == [(2, 0), (1,)]
+    assert rows.targets.tolist() == [2, 1], "losses take the first one"
+    assert rows.select([1]).right == rows.select([1]).in_memory().right == [(1,)]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ([row(0, "a", "b"), row([0, 2], "a", "b")], "row 1: the label is not one of the row's"),
+        ([row([0], "a", "b"), row([], "a", "b")], "row 1 has no right choice"),
+        ([row([["a"]], "a", "b")], "the label is not one of the row's choices"),
         ([row(0, "a", "b"), row(2, "a", "b")], "t.jsonl row 1: the label is not one of the row's"),
         ([row("c", "a", "b")], "the label is not one of the row's choices"),
         ([row(-1, "a", "b")], "the label is not one of the row's choices"),
@@ -134,9 +147,29 @@ def test_an_answer_that_is_a_number_is_read_as_text(value: object, text: str) ->
     assert rows[0].choices == (text,)
 
 
-@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), ["a"]])
-def test_another_answer_is_refused(value: object) -> None:
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_row_may_have_several_right_answers(tmp_path: Path, form: str) -> None:
+    written = [row(["blue", "azure"], q="sky"), row(["grey"], q="sea")]
+    rows = rows_of(tmp_path, written, form, Prompt("{q}", answer="label"))
+    assert rows.answers == [("blue", "azure"), ("grey",)]
+    assert [rows[place].choices for place in range(2)] == [("blue",), ("grey",)]
+    assert rows.select([1]).answers == rows.select([1]).in_memory().answers == [("grey",)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (True, "is not a text"),
+        (float("nan"), "is not a text"),
+        (float("inf"), "is not a text"),
+        (["a", None], "is not a text"),
+        ([["a"]], "is not a text"),
+        (["a", " "], "is an empty answer"),
+        ([], "has no answer"),
+    ],
+)
+def test_another_answer_is_refused(value: object, message: str) -> None:
     table = ListTable("rows", Path(), {"q": ["what"], "a": [value]})
     rows = Rows(table, ("q",), "a", (), "text", prompt=Prompt("{q}", answer="a"))
-    with pytest.raises(BadInput, match="is not a text"):
+    with pytest.raises(BadInput, match=message):
         _ = rows[0].choices

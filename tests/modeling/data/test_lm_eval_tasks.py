@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -11,6 +12,8 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data import lm_eval_tasks
 from restitch.modeling.data.exact_match import is_match
 from restitch.modeling.data.lm_eval_tasks import LmEvalTask, read_lm_eval
+from restitch.modeling.evaluation import best, summarize
+from restitch.modeling.row_values import Bits
 
 pytest.importorskip("lm_eval", reason="needs the extra restitch[lm-eval]")
 
@@ -57,6 +60,15 @@ def read(source: Path | str) -> LmEvalTask:
     return read_lm_eval(str(source), "lm_eval", lambda *_: None)
 
 
+def of_lm_eval(file: Path) -> Any:
+    """The same task as lm-eval's own object."""
+    from lm_eval.api.task import ConfigurableTask
+
+    config = yaml.safe_load(file.read_text())
+    files = {s: str(file.parent / f"{s}.jsonl") for s in ("test", "train")}
+    return ConfigurableTask(config={**config, "dataset_kwargs": {"data_files": files}})
+
+
 def refused(source: Path | str) -> str:
     with pytest.raises(BadInput) as error:
         read(source)
@@ -74,12 +86,8 @@ def test_rows_are_what_lm_eval_asks(tmp_path: Path) -> None:
 
 
 def test_prompt_and_choice_together_are_the_texts_of_the_requests(tmp_path: Path) -> None:
-    from lm_eval.api.task import ConfigurableTask
-
     file = write(tmp_path / "task", description="Answer.\n", num_fewshot=1, fewshot_split="train")
-    config = yaml.safe_load(file.read_text())
-    files = {s: str(file.parent / f"{s}.jsonl") for s in ("test", "train")}
-    own = ConfigurableTask(config={**config, "dataset_kwargs": {"data_files": files}})
+    own = of_lm_eval(file)
     own.set_fewshot_seed(1234)
     rows = read(file).splits["test"]
     for doc, row in zip(own.eval_docs, rows, strict=True):
@@ -107,6 +115,26 @@ def test_the_metric_says_how_choices_are_compared(tmp_path: Path) -> None:
     assert "the metric acc or acc_norm" in refused(wrong)
 
 
+@pytest.mark.parametrize("target", ["gold", "{{gold}}"])
+def test_any_of_several_right_choices_is_right_where_lm_eval_says_so(
+    tmp_path: Path, target: str
+) -> None:
+    right = [(2, 0), (1,), (0, 1, 2)]
+    docs = [{**DOCS[1], "gold": list(gold)} for gold in right]
+    file = write(tmp_path / "task", docs, doc_to_target=target)
+    own, rows = of_lm_eval(file), read(file).splits["test"]
+    assert [row["label"] for row in rows] == [doc["gold"] for doc in docs]
+    random = np.random.default_rng(0)
+    for scores in random.integers(-2, 0, (20, 3, 3)).astype(np.float32):  # with ties
+        theirs = [
+            own.process_results(doc, [(value, False) for value in values])["acc"]
+            for doc, values in zip(own.eval_docs, scores.tolist(), strict=True)
+        ]
+        ours = summarize(scores, best(scores, right), "accuracy")
+        assert isinstance(ours.rows, Bits)
+        assert ours.rows.right.tolist() == [one == 1.0 for one in theirs]
+
+
 GENERATING: dict[str, Any] = {
     "output_type": "generate_until",
     "doc_to_text": "{{q}}\nA:",
@@ -117,7 +145,14 @@ GENERATING: dict[str, Any] = {
 SUMS = [{"q": "6 x 7", "a": "#### 1,042."}, {"q": "Sky", "a": "Blue"}]
 MATCH: dict[str, Any] = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
 LOOSE = {**MATCH, "ignore_case": True, "regexes_to_ignore": [",", "(?s).*#### ", "\\.$"]}
+SEVERAL = [
+    {"q": "6 x 7", "a": ["#### 1,042.", "7"]},
+    {"q": "Sky", "a": ["Blue"]},
+    {"q": "it", "a": ["seven", "Blue", "1042"]},
+]
 TEXTS = [
+    "7",
+    "Seven",
     "#### 1,042",
     "so #### 1042. And #### 1",
     "1042",
@@ -134,6 +169,7 @@ def filtered(**regex: Any) -> list[dict[str, Any]]:
     return [{"name": "first", "filter": steps}, {"name": "second", "filter": other}]
 
 
+@pytest.mark.parametrize(("docs", "target"), [(SUMS, "{{a}}"), (SEVERAL, "{{a}}"), (SEVERAL, "a")])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -147,15 +183,10 @@ def filtered(**regex: Any) -> list[dict[str, Any]]:
     ],
 )
 def test_generated_texts_are_right_where_lm_eval_says_so(
-    tmp_path: Path, changes: dict[str, Any]
+    tmp_path: Path, docs: list[dict[str, Any]], target: str, changes: dict[str, Any]
 ) -> None:
-    from lm_eval.api.task import ConfigurableTask
-
-    file = write(tmp_path / "task", SUMS, **GENERATING, **changes)
-    config = yaml.safe_load(file.read_text())
-    files = {s: str(file.parent / f"{s}.jsonl") for s in ("test", "train")}
-    own = ConfigurableTask(config={**config, "dataset_kwargs": {"data_files": files}})
-    task = read(file)
+    file = write(tmp_path / "task", docs, **{**GENERATING, **changes, "doc_to_target": target})
+    own, task = of_lm_eval(file), read(file)
     assert task.generate is not None
     assert (task.generate.stop, task.generate.max_new_tokens) == (("Q:",), 256)
     name = next(iter(own._filters)).name
@@ -166,7 +197,8 @@ def test_generated_texts_are_right_where_lm_eval_says_so(
             request.resps = [text.strip()]
             next(iter(own._filters)).apply([request])
             theirs = own.process_results(doc, [request.filtered_resps[name]])
-            ours = is_match(text, row["answer"], task.generate)
+            answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+            ours = any(is_match(text, answer, task.generate) for answer in answers)
             assert ours == bool(theirs["exact_match"]), (text, row)
 
 
@@ -182,7 +214,17 @@ def test_generated_texts_are_right_where_lm_eval_says_so(
         ({"filter_list": filtered(regex_pattern="(")}, "not a regular expression"),
         ({"filter_list": filtered(regex_pattern="B.?")}, "takes all or nothing"),
         ({"doc_to_text": "{{q}} A: "}, "ends with white space"),
-        ({"doc_to_target": "{{[a, q]}}"}, "several right answers"),
+        ({"doc_to_target": "{{[q, 7]}}"}, "no list of right answers"),
+        ({"doc_to_target": "{{[]}}"}, "no list of right answers"),
+        ({"doc_to_target": "{{[a, '']}}"}, "cannot be compared"),
+        (
+            {"doc_to_target": "{{[a] if q == 'Sky' else a}}"},
+            "row 1: the right answer is of another",
+        ),
+        (
+            {"doc_to_target": "{{a if q == 'Sky' else [a]}}"},
+            "row 1: the right answer is of another",
+        ),
         ({"doc_to_target": "{{''}}"}, "cannot be compared"),
         ({"repeats": 3}, "repeats: 3"),
     ],
@@ -224,8 +266,13 @@ def test_a_file_may_include_another(tmp_path: Path) -> None:
         ({"output_type": None}, "has no output_type"),
         ({"task": None}, "has no task"),
         ({"use_prompt": "promptsource:*"}, "can run code"),
-        ({"doc_to_target": "{{[0, 1]}}"}, "no single right choice"),
-        ({"doc_to_target": "nobody"}, "no single right choice"),
+        ({"doc_to_target": "{{[0, 2]}}"}, "row 0 has no right choice"),
+        ({"doc_to_target": "{{[]}}"}, "row 0 has no right choice"),
+        (
+            {"doc_to_target": "{{[gold] if gold else gold}}"},
+            "row 1: the right answer is of another",
+        ),
+        ({"doc_to_target": "nobody"}, "row 0 has no right choice"),
         ({"target_delimiter": ""}, "nothing stands between the text and its choices"),
         ({"doc_to_text": "{{nothing}}"}, "cannot be read as a task of lm-eval"),
         ({"test_split": "exam"}, "cannot be read as a task of lm-eval"),
