@@ -87,7 +87,7 @@ class Classifier(Family):
             empty=empty,
         )
         body = {name: own for name, own in loaded.names.items() if own not in layout.shapes}
-        return NamedModel(loaded.inner, body, folder).eval()
+        return NamedModel(loaded.inner, body, folder, loaded.joined).eval()
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """The live tensors of the base model but its pooler, by their names in the file."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress, ignore
 from restitch.modeling.gradients import repeated_layers
+from restitch.modeling.stored_weights import StoredWeights
 
 # Bytes of a layer outside of the blocks that is a part of its own: smaller ones stay in memory.
 _LARGE = 16_000_000
@@ -61,6 +62,7 @@ class PartByPart:
         if not blocks:
             raise BadInput("the model has no repeated layers that could be loaded one by one")
         _place(model, device)
+        self._model = model
         inside = {id(each) for block in blocks for each in block.modules()}
         large = [m for m in model.modules() if id(m) not in inside and _is_large(m)]
         chosen = {id(each) for each in (*blocks, *large)}
@@ -92,7 +94,7 @@ class PartByPart:
             done: called when all passes have gone through a part.
             progress: called with the steps done and all that are known of, after each part.
         """
-        weights = _Weights(parameters, read, self._device)
+        weights = _Weights(StoredWeights(self._model, parameters, read), self._device)
         with weights.within(self._others), _Suspended(self.parts, scratch) as suspended:
             for one in passes:
                 suspended.start(one)
@@ -109,13 +111,8 @@ class PartByPart:
 class _Weights:
     """The weights of a model that lie in a file."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], read: Callable[[str], Tensor], device: torch.device
-    ) -> None:
-        self._names: dict[int, str] = {}
-        for name, live in parameters.items():
-            self._names.setdefault(id(live), name)
-        self._read = read
+    def __init__(self, stored: StoredWeights, device: torch.device) -> None:
+        self._stored = stored
         self._device = device
 
     @contextmanager
@@ -125,12 +122,12 @@ class _Weights:
             (module, name, live)
             for module in modules
             for name, live in module._parameters.items()
-            if live is not None and id(live) in self._names
+            if live is not None and live in self._stored
         ]
         read: dict[int, nn.Parameter] = {}
         for module, name, live in before:
             if id(live) not in read:
-                value = self._read(self._names[id(live)]).to(self._device, live.dtype)
+                value = self._stored.read(live, self._device)
                 read[id(live)] = nn.Parameter(value, requires_grad=False)
             module._parameters[name] = read[id(live)]
         try:

@@ -19,6 +19,13 @@ from torch import Tensor, nn
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.configs import read_config
+from restitch.modeling.joined_tensors import (
+    JoinedTensor,
+    Pieces,
+    converts_tensors,
+    joined_tensors,
+    pieces_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,13 +63,28 @@ _VOCABULARIES = (
 
 
 class NamedModel(nn.Module):
-    """A transformers model, and its tensors' names in its file with those in `inner`."""
+    """A transformers model, and its tensors' names in its file with those in `inner`.
 
-    def __init__(self, inner: nn.Module, names: Mapping[str, str], folder: Path) -> None:
+    Args:
+        inner: the model.
+        names: the names of the tensors in the file with those in the model.
+        folder: the folder of both.
+        joined: parameters of the model that several tensors of the file make up, whose names in it
+            are left out of `names`.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        names: Mapping[str, str],
+        folder: Path,
+        joined: Sequence[JoinedTensor] = (),
+    ) -> None:
         super().__init__()
         self.inner: Any = inner
         self.names = dict(names)
         self.folder = folder
+        self.joined = tuple(joined)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -78,7 +100,10 @@ class NamedModel(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by their names in the file."""
         live = live_tensors(self.inner)
-        return {name: live[own] for name, own in self.names.items()}
+        found = {name: live[own] for name, own in self.names.items()}
+        for joined in self.joined:
+            found |= joined.pieces()
+        return found
 
 
 def load_as_saved(folder: Path, dtype: torch.dtype | None = None) -> "PreTrainedModel":
@@ -149,9 +174,13 @@ def load_pretrained(
     except Exception as error:  # files of somebody else can raise any error
         raise BadInput(f"{folder} cannot be loaded as a model", found=error) from error
     inner.requires_grad_(False)
-    names = named_tensors(inner, file, prefixes)
+    pieces = pieces_of(inner)
+    names = _match(inner, file, prefixes, pieces)
+    joined = joined_tensors(inner, pieces, names)
+    live = live_tensors(inner)
+    names = {name: own for name, own in names.items() if own in live}
     if empty:
-        lacking = _tied(inner, names, file)
+        lacking = _tied(inner, names, file) - {each.own for each in joined}
         _fill_up(inner, names, file, {*optional, *lacking})
     missing = sorted(name for name in lacking if "pooler." not in name and name not in optional)
     if missing:
@@ -160,14 +189,16 @@ def load_pretrained(
             details=missing,
             hint="save the whole model, not a part of it",
         )
-    unknown = [n for n in file.names if n not in names and any(fnmatchcase(n, g) for g in required)]
-    if unknown and _joins_tensors(inner):
+    known = names.keys() | {name for each in joined for name in each.names.values()}
+    unknown = [n for n in file.names if n not in known and any(fnmatchcase(n, g) for g in required)]
+    if unknown and converts_tensors(inner):
         raise BadInput(
-            f"{folder} is a {config.model_type} model, whose tensors transformers joins while it"
-            " loads them, as it does with those of experts",
-            expected="a model that is loaded with the tensors of its file",
+            f"{folder} is a {config.model_type} model, and transformers computes weights of it from"
+            " those of the file",
+            expected="weights that are loaded as they are, or joined as those of experts are",
             details=unknown,
-            hint="merge models without experts; models with them are not supported",
+            hint="load this and all finetuned models with transformers, and save them by"
+            " save_pretrained(FOLDER, save_original_format=False)",
         )
     if unknown:
         raise BadInput(
@@ -175,7 +206,7 @@ def load_pretrained(
             details=unknown,
             hint="check that config.json belongs to these weights",
         )
-    return NamedModel(inner, names, folder).eval()
+    return NamedModel(inner, names, folder, joined).eval()
 
 
 def _with_weights(
@@ -250,9 +281,19 @@ def _set_parameter(inner: nn.Module, name: str, value: nn.Parameter) -> None:
 
 
 def named_tensors(model: Any, file: Checkpoint, prefixes: Sequence[str]) -> dict[str, str]:
-    """The names of a file's tensors in a model of transformers, for those that it has."""
+    """The names of a file's tensors in a model of transformers, for those that it has.
+
+    A tensor that is joined with others has the name that transformers saves it by.
+    """
+    return _match(model, file, prefixes, pieces_of(model))
+
+
+def _match(model: Any, file: Checkpoint, prefixes: Sequence[str], pieces: Pieces) -> dict[str, str]:
     shapes = {name: file.info(name).shape for name in file.names}
-    return match_names(shapes, live_tensors(model), prefixes, _conversion(model))
+    live = live_tensors(model)
+    for each in pieces.values():
+        live |= each
+    return match_names(shapes, live, prefixes, _conversion(model))
 
 
 def present_names(folder: Path, file: Checkpoint, prefixes: Sequence[str]) -> dict[str, str]:
@@ -326,14 +367,6 @@ def _conversion(model: Any) -> Callable[[str], str]:
         return name
 
     return convert
-
-
-def _joins_tensors(model: Any) -> bool:
-    """True if transformers makes some tensors of a model out of several ones of its file."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    return any(isinstance(c, WeightConverter) for c in get_model_conversion_mapping(model))
 
 
 def _modern(name: str) -> str:

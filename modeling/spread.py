@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from restitch.modeling.gradients import repeated_layers
+from restitch.modeling.stored_weights import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,7 @@ def spread(
         rooms: the devices.
         places: the room of each block, as planned.
     """
-    names: dict[int, str] = {}
-    for name, live in parameters.items():
-        names.setdefault(id(live), name)
+    stored = StoredWeights(model, parameters, read)
     blocks = repeated_layers(model)
     where = {
         id(module): rooms[place].device
@@ -84,7 +83,7 @@ def spread(
             if weight is None:
                 continue
             if id(weight) not in placed:
-                value = read(names[id(weight)]) if id(weight) in names else weight
+                value = stored.read(weight, device) if weight in stored else weight
                 whole = value.to(device, weight.dtype, copy=True)
                 placed[id(weight)] = nn.Parameter(whole, requires_grad=False)
             module._parameters[own] = placed[id(weight)]

@@ -16,7 +16,7 @@ _COUNTED = re.compile(r"(?:^|_)(?:layers?|blocks?|resblocks|groups?|h)$")
 _NORM = re.compile(r"norm|layrnorm|^ln(?:_|$)")  # CLIP has a `pre_layrnorm`
 _EMBEDDING = re.compile(r"embed|^w[tp]e$|^cls_token$|^mask_token$|^class_token$")
 _ATTENTION = re.compile(r"attn|attention")
-_MLP = re.compile(r"mlp|ffn|ff$|feed_?forward|densereludense|intermediate|^(?:fc|lin)\d?$")
+_MLP = re.compile(r"mlp|moe|ffn|ff$|feed_?forward|densereludense|intermediate|^(?:fc|lin)\d?$")
 
 
 @dataclass(frozen=True)

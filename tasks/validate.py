@@ -1,5 +1,6 @@
 """Check that a finetuned model can join its line, and account for every tensor in its files."""
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from itertools import takewhile
@@ -26,6 +27,7 @@ from restitch.tasks.runtime.workspace import workspace
 # The names of a group of tensors that the line keeps.
 _MOST_NAMES = 20
 _HINT = "register a model that was finetuned from this base"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @step("validate")
@@ -75,7 +77,7 @@ def validate(
             found=f"{counted(len(problems), 'difference')} in {len(checkpoint.names)} tensors,"
             f" such as {theirs}",
             details=problems,
-            hint=_HINT,
+            hint=_hint(comparison),
         )
     finetuned = comparison.aligned(checkpoint)
     vector = TaskVector(base.checkpoint, finetuned, base.names)
@@ -190,6 +192,23 @@ def _check_preprocessing(base: Base, model: ModelRef, folder: Path, accepted: bo
             f"config.json has keys that the architecture does not know: {shortlist(unknown)}"
         )
     return notes
+
+
+def _hint(comparison: Comparison) -> str:
+    """What to do about tensors that do not fit the base."""
+    ours, theirs = (
+        {_EXPERT.search(name) is not None for name in names if ".experts." in name}
+        for names in (comparison.missing_required, comparison.unexpected)
+    )
+    if len(ours) != 1 or ours == theirs or not theirs:
+        return _HINT
+    kind, apart = (
+        ("a tensor for each expert", True) if ours == {True} else ("joined experts", False)
+    )
+    return (
+        f"the base has {kind}: load the finetuned model with transformers and save it by"
+        f" save_pretrained(FOLDER, save_original_format={apart})"
+    )
 
 
 def _examples(comparison: Comparison, base: Base, checkpoint: Checkpoint) -> tuple[str, str]:

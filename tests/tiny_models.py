@@ -180,6 +180,24 @@ def decoder_of(folder: Path, kind: str, **settings: Any) -> Path:
     return folder
 
 
+def tiny_experts(folder: Path, kind: str = "mixtral", **settings: Any) -> Path:
+    """A folder of a causal language model with four experts per layer, of which two are chosen.
+
+    Args:
+        folder: the folder to write.
+        kind: `mixtral`, `qwen2_moe` or `qwen3_moe`.
+        settings: of its configuration.
+    """
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 24, "num_experts_per_tok": 2}
+    if kind == "mixtral":
+        sizes |= {"num_local_experts": 4}
+    else:
+        sizes |= {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 4}
+    if kind == "qwen2_moe":
+        sizes |= {"shared_expert_intermediate_size": 20}
+    return decoder_of(folder, kind, **(sizes | settings))
+
+
 def tiny_bert(
     folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 16, positions: int = 48
 ) -> Path:

@@ -92,6 +92,7 @@ def test_clip_has_two_towers_with_the_same_components() -> None:
             Place(0, "bias"),
         ),
         ("model.layers.5.mlp.experts.7.down_proj.weight", Place(5, "mlp")),
+        ("model.layers.5.block_sparse_moe.experts.7.w2.weight", Place(5, "mlp")),
         ("visual.transformer.resblocks.2.attn.in_proj_bias", Place(2, "bias", "vision")),
         ("model.layers.5.self_attn.q_norm.weight", Place(5, "layer norm")),
         ("layers.x.weight", Place(None, "other")),

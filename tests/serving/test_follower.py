@@ -83,6 +83,7 @@ STITCH = "localize-and-stitch"
         ("text-encoder", tiny_models.tiny_bert, noisy, STITCH, DATALESS),
         ("clip", tiny_models.tiny_clip, noisy, STITCH, DATALESS),
         ("causal-lm", tiny_models.tiny_decoder, noisy, STITCH, DATALESS),
+        ("causal-lm", tiny_models.tiny_experts, noisy, STITCH, DATALESS),
         ("causal-lm", decoder_in_bfloat16, noisy, STITCH, DATALESS),
         ("seq2seq-lm", tiny_models.tiny_seq2seq, noisy, STITCH, DATALESS),
         ("masked-lm", tiny_models.tiny_masked, noisy, STITCH, DATALESS),

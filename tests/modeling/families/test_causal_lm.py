@@ -30,7 +30,7 @@ from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import linear_layers
 from restitch.registry.specs.task import HeadSpec
 from tests.modeling.family_contract import FamilyContract
-from tests.tiny_models import RECURRENT, decoder_of, tiny_bert, tiny_decoder, tweaked
+from tests.tiny_models import RECURRENT, decoder_of, tiny_bert, tiny_decoder, tiny_experts, tweaked
 
 FAMILY = get_family("causal-lm")
 KINDS = ("llama", "gpt2", "qwen2")
@@ -74,6 +74,32 @@ class TestGpt2(CausalContract):
         """GPT-2 has transposed matrices, `Conv1D`, whose inputs are not measured."""
         layers = linear_layers(model, family.parameters(model))
         assert not set(layers) & set(localizable)
+
+
+class ExpertsContract(CausalContract):
+    """Models whose experts are matrices of their own in the file, and joined in the model."""
+
+    @pytest.fixture
+    def base(self, tmp_path):
+        return tiny_experts(tmp_path / "base", self.kind)
+
+    def test_every_matrix_of_the_blocks_is_a_linear_layer_whose_inputs_are_seen(
+        self, family, model, base, batch, head, localizable
+    ):
+        """All but those of experts and of what chooses them."""
+        layers, file = linear_layers(model, family.parameters(model)), Checkpoint.open(base)
+        matrices = {name for name in localizable if len(file.info(name).shape) == 2}
+        unseen = matrices - layers.keys()
+        assert unseen
+        assert all(".experts." in name or name.endswith(".gate.weight") for name in unseen)
+
+
+class TestMixtral(ExpertsContract):
+    kind = "mixtral"
+
+
+class TestQwen2Moe(ExpertsContract):
+    kind = "qwen2_moe"
 
 
 # The reference: each prompt with each choice, alone, from the texts on.
@@ -285,12 +311,6 @@ def test_windows_and_states_see_each_prompt_as_if_it_were_alone(kind, tmp_path) 
             for prompt in some
         ]
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-4, rtol=1e-5)
-
-
-def test_a_model_of_experts_is_refused_by_name(tmp_path) -> None:
-    folder = decoder_of(tmp_path, "mixtral", num_local_experts=2)
-    with pytest.raises(BadInput, match="is a mixtral model, whose tensors transformers joins"):
-        FAMILY.load(folder)
 
 
 def test_a_model_without_a_cache_of_rows_scores_the_same(folders, monkeypatch) -> None:
