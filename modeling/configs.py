@@ -17,11 +17,13 @@ _IGNORED = {
     "_attn_implementation",
     "_attn_implementation_internal",
     "_commit_hash",
+    "_experts_implementation",
     "_name_or_path",
     "_output_attentions",
     "architectures",
     "attn_implementation",
     "auto_map",
+    "aux_loss_alpha",
     "bos_token_id",
     "chunk_size_feed_forward",
     "cls_token_id",
@@ -29,6 +31,7 @@ _IGNORED = {
     "drop_path_rate",
     "dtype",
     "eos_token_id",
+    "experts_implementation",
     "finetuning_task",
     "gradient_checkpointing",
     "id2label",
@@ -43,9 +46,14 @@ _IGNORED = {
     "num_labels",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "problem_type",
     "return_dict",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "router_z_loss_coef",
     "sep_token_id",
+    "seq_aux",
     "task_specific_params",
     "tie_word_embeddings",
     "tokenizer_class",
@@ -82,11 +90,14 @@ def read_config(folder: Path) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} is not valid JSON", found=error) from error
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # a file of somebody else can raise any error
         raise BadInput(f"{file} does not describe a known architecture", found=error) from error
+    # Not the file's choice, which may name a kernel to fetch and run.
+    config._experts_implementation = None
+    return config
 
 
 def vocabulary_size(folder: Path) -> int | None:

@@ -97,6 +97,26 @@ class ExpertsContract(CausalContract):
 class TestMixtral(ExpertsContract):
     kind = "mixtral"
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("experts_implementation", "deepgemm"),
+            ("_experts_implementation", "eager"),
+            ("router_aux_loss_coef", 0.5),
+            ("output_router_logits", True),
+        ],
+    )
+    def test_keys_of_training_and_of_kernels_change_nothing(
+        self, family, base, model, batch, head, tmp_path, key, value
+    ):
+        other = shutil.copytree(base, tmp_path / "other")
+        config = json.loads((base / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | {key: value}))
+        assert family.config_differences(base, other) == []
+        found = family.load(other)
+        assert found.inner.config._experts_implementation == "grouped_mm"
+        assert torch.equal(family.logits(found, batch, head), family.logits(model, batch, head))
+
 
 class TestQwen2Moe(ExpertsContract):
     kind = "qwen2_moe"
