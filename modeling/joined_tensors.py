@@ -6,15 +6,19 @@ so writing to a piece changes the parameter. A piece can require gradients: the 
 parameter then reads one that is made of its pieces, without a copy.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 Pieces = Mapping[str, Mapping[str, Tensor]]
+# Is called with the inputs of a piece, after something without meaning.
+Hook = Callable[[Any, tuple[Tensor]], object]
 
 
 class JoinedTensor:
@@ -34,8 +38,10 @@ class JoinedTensor:
         self._module: nn.Module = model.get_submodule(path)
         self._pieces: dict[str, Tensor] = {}
         self._of: object = None
+        self._hooks: dict[PieceLayer, Hook] = {}
+        self._watching = ExitStack()
         self._module.register_forward_pre_hook(self._show)
-        self._module.register_forward_hook(self._hide, always_call=True)
+        self._module.register_forward_hook(self._hide, always_call=True, prepend=True)
 
     @property
     def whole(self) -> nn.Parameter:
@@ -67,8 +73,34 @@ class JoinedTensor:
             piece.copy_(read(name))
         return whole
 
+    def layers(self) -> dict[str, "PieceLayer"]:
+        """The pieces that are matrices as layers, by their names in the file."""
+        whole = torch.empty(self.whole.shape, device="meta")
+        views = self.split(whole).items()
+        return {name: PieceLayer(self, view) for name, view in views if view.dim() == 2}
+
+    @contextmanager
+    def watched(self, layer: "PieceLayer", hook: Hook) -> Iterator[None]:
+        """Call a hook with the inputs of a piece, within a block."""
+        self._hooks[layer] = hook
+        try:
+            yield
+        finally:
+            del self._hooks[layer]
+
+    def _see(self, inputs: Tensor, matrix: Tensor) -> None:
+        """Pass inputs of a product to the hooks of the pieces in its matrix."""
+        whole = self.whole
+        if matrix.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+            start = matrix.storage_offset() - whole.storage_offset()
+            for layer, hook in self._hooks.items():
+                if start <= layer.start < start + matrix.numel():
+                    hook(None, (inputs,))
+
     def _show(self, module: nn.Module, _: object) -> None:
-        """Let the module read the parameter from its pieces, if one of them requires gradients."""
+        """Watch the products of the module, and let it read pieces that require gradients."""
+        if self._hooks:
+            self._watching.enter_context(_Inputs(self._see))
         pieces = self._pieces.values()
         if torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces):
             join: Any = _Joined.apply  # it has no type annotations
@@ -77,6 +109,20 @@ class JoinedTensor:
 
     def _hide(self, module: nn.Module, *_: object) -> None:
         vars(module).pop(self._attribute, None)
+        self._watching.close()
+
+
+class PieceLayer:
+    """A piece of a joined parameter as a linear layer whose inputs can be seen."""
+
+    def __init__(self, joined: JoinedTensor, view: Tensor) -> None:
+        self.in_features = view.shape[1]
+        self.start = view.storage_offset()
+        self._joined = joined
+
+    def register_forward_pre_hook(self, hook: Hook) -> AbstractContextManager[None]:
+        """Call a hook with the inputs, in rows, within a block."""
+        return self._joined.watched(self, hook)
 
 
 class _Joined(torch.autograd.Function):
@@ -91,6 +137,25 @@ class _Joined(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.joined.split(gradient).values()
+
+
+class _Inputs(TorchFunctionMode):
+    """Shows the inputs and the matrix of each product: of a layer, or of each group of rows."""
+
+    def __init__(self, see: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            self._see(args[0], args[1])
+        elif func in (F.grouped_mm, torch._grouped_mm):
+            start = 0
+            for number, stop in enumerate(kwargs["offs"].tolist()):
+                if stop > start:
+                    self._see(args[0][start:stop], args[1][number])
+                start = stop
+        return func(*args, **(kwargs or {}))
 
 
 class _Views(TorchFunctionMode):

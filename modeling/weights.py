@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits, edited
+from restitch.modeling.joined_tensors import PieceLayer
+from restitch.modeling.pretrained import NamedModel
 
 
 def set_weights(parameters: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -64,12 +66,21 @@ def resized(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
             parameters[name].data = data
 
 
-def linear_layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, nn.Linear]:
-    """The linear layers of a loaded model by the names of their weights, sorted."""
+def linear_layers(
+    model: nn.Module, parameters: Mapping[str, Tensor]
+) -> dict[str, nn.Linear | PieceLayer]:
+    """The linear layers of a loaded model by the names of their weights, sorted.
+
+    The matrices of experts that the model holds joined are layers, too.
+    """
     layers = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
-    return {
-        name: layers[id(live)] for name, live in sorted(parameters.items()) if id(live) in layers
+    found: dict[str, nn.Linear | PieceLayer] = {
+        name: layers[id(live)] for name, live in parameters.items() if id(live) in layers
     }
+    for module in model.modules():
+        for joined in module.joined if isinstance(module, NamedModel) else ():
+            found |= joined.layers()
+    return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)

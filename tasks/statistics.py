@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
@@ -27,7 +27,7 @@ from restitch.merging.statistics.entropy_coefficients import CoefficientSettings
 from restitch.merging.statistics.fisher_diagonal import VERSION as FISHER_VERSION
 from restitch.merging.statistics.fisher_diagonal import mean_of, measure_fisher
 from restitch.merging.statistics.grams import VERSION as GRAM_VERSION
-from restitch.merging.statistics.grams import gram_forms, measure_grams
+from restitch.merging.statistics.grams import Layer, gram_forms, measure_grams
 from restitch.merging.statistics.statistic_file import (
     COEFFICIENTS,
     FISHER,
@@ -275,7 +275,7 @@ def _grams(file: Path, on: OpenCalibration, delta: Delta, origin: Mapping[str, s
     return len(on.rows)
 
 
-def _linear(live: LiveBase, delta: Delta) -> dict[str, nn.Linear]:
+def _linear(live: LiveBase, delta: Delta) -> dict[str, Layer]:
     """The linear layers whose weights a delta changes."""
     layers = linear_layers(live.model, live.parameters)
     return {name: layer for name, layer in layers.items() if name in delta}

@@ -6,12 +6,12 @@ so only its upper triangle is stored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from restitch.merging.errors import BadInput
 from restitch.merging.statistics.statistic_file import GRAM, check_finite
@@ -23,14 +23,25 @@ MOST_ROWS = 1600
 Run = Callable[[Sequence[int], Callable[[], None]], None]
 
 
-def gram_forms(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+class Layer(Protocol):
+    """A linear layer, or a part of a module that is one."""
+
+    @property
+    def in_features(self) -> int:
+        """The number of its inputs."""
+
+    def register_forward_pre_hook(self, hook: Any, /) -> AbstractContextManager[object]:
+        """Call a hook with the layer and its arguments before each call, within a block."""
+
+
+def gram_forms(layers: Mapping[str, Layer]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The type and shape of the packed Gram matrix of each layer."""
     sizes = {name: layer.in_features for name, layer in layers.items()}
     return {name: (torch.float32, (size * (size + 1) // 2,)) for name, size in sizes.items()}
 
 
 def measure_grams(
-    layers: Mapping[str, nn.Module], rows: int, run: Run, grams: Mapping[str, Tensor]
+    layers: Mapping[str, Layer], rows: int, run: Run, grams: Mapping[str, Tensor]
 ) -> list[str]:
     """Measure the Gram matrices of layers, in the packed form of `packed`.
 
@@ -96,7 +107,7 @@ class _Sums:
         self._stored: set[str] = set()
         self._open: dict[str, Tensor] = {}
 
-    def add(self, name: str, _: nn.Module, args: Any) -> None:
+    def add(self, name: str, _: object, args: Any) -> None:
         """Add the products of the inputs of a layer."""
         inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float()
         product = inputs.mT @ inputs

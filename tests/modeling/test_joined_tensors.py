@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from restitch.merging.errors import BadInput
+from restitch.merging.statistics.grams import gram_forms, measure_grams, packed
 from restitch.modeling import pretrained
 from restitch.modeling.families.family import get_family
 from restitch.modeling.gradients import checkpointed
 from restitch.modeling.pretrained import NamedModel
+from restitch.modeling.weights import linear_layers
 from tests.tiny_models import decoder_of, tiny_experts
 
 FAMILY = get_family("causal-lm")
@@ -124,6 +127,62 @@ def test_an_expert_that_no_token_reaches_has_a_gradient_of_zero(mixtral: Path) -
     reached = {name.split(".experts.")[1][0] for name in names if slope(live[name]).any()}
     assert len(reached) == 2
     assert all(slope(live[name]).isfinite().all() for name in names)
+
+
+def grams_of(model: NamedModel) -> dict[str, Tensor]:
+    """The packed Gram matrices of the experts that a row reaches."""
+    found = linear_layers(model, model.tensors())
+    layers = {name: layer for name, layer in found.items() if ".experts." in name}
+    forms = gram_forms(layers)
+    grams = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in forms.items()}
+
+    def run(rows: Sequence[int], stored: Callable[[], None]) -> None:
+        for row in rows:
+            model.inner(IDS[row : row + 1], use_cache=False)
+
+    return {name: grams[name] for name in measure_grams(layers, len(IDS), run, grams)}
+
+
+@pytest.mark.parametrize("kind", ["grouped_mm", "eager"])
+def test_inputs_of_experts_are_those_of_the_tokens_that_choose_them(
+    mixtral: Path, kind: str
+) -> None:
+    model = loaded(mixtral)
+    calls: list[tuple[str, Any, Any]] = []
+    for number, block in enumerate(model.inner.model.layers):
+        block.mlp.experts.register_forward_pre_hook(
+            lambda module, args, number=number: calls.append((str(number), module, args))
+        )
+    model.inner.set_experts_implementation(kind)
+    found = grams_of(model)
+    inputs: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for layer, experts, (states, chosen, _) in calls:
+            for expert in range(4):
+                own = states[(chosen == expert).any(1)]
+                if len(own):
+                    gate, up = (own @ experts.gate_up_proj[expert].T).chunk(2, 1)
+                    name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+                    for part, value in (
+                        ("w1", own),
+                        ("w3", own),
+                        ("w2", experts.act_fn(gate) * up),
+                    ):
+                        inputs.setdefault(f"{name}{part}.weight", []).append(value)
+    assert found.keys() == inputs.keys()
+    for name, values in inputs.items():
+        rows = torch.cat(values)
+        expected = packed(rows.T @ rows / len(rows))
+        assert torch.allclose(found[name], expected, rtol=1e-4, atol=1e-5), name
+
+
+def test_an_expert_that_no_token_reaches_has_no_gram_matrix(mixtral: Path) -> None:
+    model = loaded(mixtral)
+    for layer in model.inner.model.layers:
+        layer.mlp.gate.weight.data.zero_()  # all tokens choose the same two experts
+    found = grams_of(model)
+    assert len(found) == 2 * 2 * 3, "layers, experts and matrices"
+    assert all(gram.isfinite().all() for gram in found.values())
 
 
 def test_a_model_that_moves_has_new_pieces(mixtral: Path) -> None:
