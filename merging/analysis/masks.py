@@ -26,9 +26,8 @@ from restitch.merging.rules.stitch import check_fit
 
 VERSION = 1
 
-# Elements of the matrix members x coordinates of one step: 32 MiB of float64.
-_MATRIX = 1 << 22
-_SHORTEST = 1 << 14
+# Coordinates of one step: few enough for a core's cache, and for all work to stay in one thread.
+_RANGE = 1 << 15
 
 Matrix = tuple[tuple[float | None, ...], ...]
 
@@ -130,28 +129,25 @@ class _Sums:
         self.shared = np.zeros((members, members), dtype=np.int64)
         self.dots = np.zeros((members, members))
         self.owners = np.zeros(members + 1, dtype=np.int64)
-        self._block = max(_MATRIX // max(members, 1), _SHORTEST)
-        self._ones = torch.ones(self._block, dtype=torch.int16)
 
     def add(self, base: Checkpoint, name: str, deltas: Sequence[SparseFile]) -> None:
         """Add one tensor."""
         rows = [row for row, delta in enumerate(deltas) if name in delta]
         cursors = [deltas[row].cursor(name) for row in rows]
-        for part in torch.split(base.tensor(name).reshape(-1), self._block):
+        for part in torch.split(base.tensor(name).reshape(-1), _RANGE):
             taken = [cursor.advance(part.numel()) for cursor in cursors]
             before = cast(part, torch.float64).numpy()
             self._add_range(before, {row: _joined(t) for row, t in zip(rows, taken, strict=True)})
 
     def _add_range(self, before: NDArray[np.float64], members: Mapping[int, Piece]) -> None:
-        counts = torch.zeros(len(before), dtype=torch.int16)
+        owners = np.zeros(len(before), dtype=np.int16)
         vectors = {}
         for row, (coordinates, values) in members.items():
-            index = torch.from_numpy(coordinates)
-            counts.scatter_add_(0, index, self._ones[: len(coordinates)])
+            owners[coordinates] += 1
             vectors[row] = cast(values, torch.float64).numpy() - before[coordinates]
             self.shared[row, row] += len(coordinates)
-            self.dots[row, row] += np.dot(vectors[row], vectors[row])
-        owners = counts.numpy()
+            # A product of long vectors would start threads.
+            self.dots[row, row] += np.einsum("i,i->", vectors[row], vectors[row])
         self.owners[1:] += np.bincount(owners, minlength=len(self.owners))[1:]
         places = true_positions(owners > 1)
         if len(places):

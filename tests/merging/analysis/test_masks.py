@@ -148,8 +148,7 @@ def test_the_analysis_is_that_of_dense_masks(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         # Ranges shorter than the tensors, so that every seam is crossed.
-        patch.setattr("restitch.merging.analysis.masks._MATRIX", block * max(len(kept), 1))
-        patch.setattr("restitch.merging.analysis.masks._SHORTEST", 1)
+        patch.setattr("restitch.merging.analysis.masks._RANGE", block)
         generator = torch.Generator().manual_seed(0)
         tensors = {n: torch.randn(41, generator=generator).to(dtype) for n in ("u", "v", "w")}
         base = tiny.save(Path(folder) / "base", tensors)
@@ -170,9 +169,7 @@ def test_large_tensors_in_several_ranges_with_every_encoding(tmp_path: Path) -> 
         kept = SparseTensor("w", (numel,), at, torch.randn(len(at), generator=generator))
         write_sparse(tmp_path / f"{density}", [kept], kind="delta", metadata={})
         deltas[f"{density}"] = SparseFile.open(tmp_path / f"{density}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("restitch.merging.analysis.masks._MATRIX", 1 << 18)
-        assert_same(analyze_masks(base, deltas), slow(base, deltas))
+    assert_same(analyze_masks(base, deltas), slow(base, deltas))
 
 
 def test_progress_ends_with_all_elements(tmp_path: Path) -> None:
