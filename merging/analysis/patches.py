@@ -2,14 +2,19 @@
 
 A patch holds exactly the coordinates in which a merged model differs from its base. So the
 models differ at a coordinate that only one patch holds, and at one that both hold with
-different bits. The base is not read; memory holds the kept weights of one tensor.
+different bits. The base is not read; memory holds a range of one tensor.
 """
 
-import numpy as np
+from typing import Any
 
-from restitch.merging.files.sparse import SparseFile
+import numpy as np
+from numpy.typing import NDArray
+
+from restitch.merging.files.sparse import Cursor, SparseFile
 from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.order import by_bytes
+
+_RANGE = 1 << 16  # weights per step: few enough for a core's cache
 
 
 def count_differences(first: SparseFile, second: SparseFile) -> dict[str, int]:
@@ -25,10 +30,21 @@ def count_differences(first: SparseFile, second: SparseFile) -> dict[str, int]:
 def _count(first: SparseFile, second: SparseFile, name: str) -> int:
     if name not in first or name not in second:
         return (first if name in first else second).info(name).kept
-    one, other = (patch.coordinates(name).numpy() for patch in (first, second))
-    places = np.searchsorted(other, one)
-    places[places == len(other)] = 0  # past the end: the first coordinate is never equal
-    shared = other[places] == one
-    bits = as_integers(first.values(name)), as_integers(second.values(name))
-    equal = int((bits[0][shared] == bits[1][places[shared]]).sum())
-    return len(one) + len(other) - int(shared.sum()) - equal
+    cursors, count = (first.cursor(name), second.cursor(name)), 0
+    numel, integers = first.info(name).numel, np.dtype(f"i{first.info(name).dtype.itemsize}")
+    for start in range(0, numel, _RANGE):
+        length = min(_RANGE, numel - start)
+        (held, bits), (also_held, others) = (_range(c, length, integers) for c in cursors)
+        count += int(np.count_nonzero((held != also_held) | (bits != others)))
+    return count
+
+
+def _range(
+    cursor: Cursor, length: int, integers: np.dtype[Any]
+) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+    """The kept coordinates in the next elements, and their bits, which are 0 elsewhere."""
+    held, bits = np.zeros(length, dtype=np.bool_), np.zeros(length, dtype=integers)
+    for coordinates, values in cursor.advance(length):
+        held[coordinates] = True
+        bits[coordinates] = as_integers(values)
+    return held, bits
