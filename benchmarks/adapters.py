@@ -177,11 +177,14 @@ def models(work: Path, kind: str) -> dict[str, Path]:
 def cost(kind: str, line: str, work: Path) -> Cost:
     """Register all models of a kind on a line, in processes of their own."""
     found: dict[str, Any] = {}
+    # As the command sets it; torch reads it at import.
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     for step in STEPS:
         command = [sys.executable, "-m", "benchmarks.adapters", "--step", step, "--kind", kind]
         with tempfile.TemporaryFile(dir=work) as out:
             process = subprocess.Popen(
                 [*command, "--line", line, "--work", str(work)],
+                env=environment,
                 stdout=out,
                 stderr=subprocess.DEVNULL,
             )

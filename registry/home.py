@@ -2,7 +2,7 @@
 
 Everything lies under one folder, `RESTITCH_HOME` (default `.restitch` in the working
 directory): store, caches, scratch space, the MLflow database and its artifacts.
-`prepare_environment` must run before Prefect, MLflow or the Hugging Face libraries are
+`prepare_environment` must run before torch, Prefect, MLflow or the Hugging Face libraries are
 imported, because they read their settings at import. It keeps them from writing to the user's
 home and from sending telemetry.
 """
@@ -172,6 +172,9 @@ def prepare_environment(
         "HF_DATASETS_CACHE": str(home.cache / "datasets"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # Threads that wait for each other sleep. By default they keep their cores busy meanwhile,
+        # which is many times slower where other processes need these cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TORCH_HOME": str(home.cache / "torch"),
         "MPLCONFIGDIR": str(home.cache / "matplotlib"),
         # Everything else that would write to ~/.cache.
