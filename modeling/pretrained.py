@@ -191,22 +191,37 @@ def load_pretrained(
         )
     known = names.keys() | {name for each in joined for name in each.names.values()}
     unknown = [n for n in file.names if n not in known and any(fnmatchcase(n, g) for g in required)]
-    if unknown and converts_tensors(inner):
-        raise BadInput(
-            f"{folder} is a {config.model_type} model, and transformers computes weights of it from"
-            " those of the file",
+    if unknown:
+        raise _unknown_tensors(folder, inner, unknown)
+    return NamedModel(inner, names, folder, joined).eval()
+
+
+def _unknown_tensors(folder: Path, inner: Any, unknown: Sequence[str]) -> BadInput:
+    """The error of a file with tensors that its model does not have."""
+    left_out = inner._keys_to_ignore_on_load_unexpected or ()
+    if any(re.search(pattern, name) for pattern in left_out for name in unknown):
+        return BadInput(
+            f"{folder} has tensors that transformers does not load, as it leaves out layers that"
+            " predict further tokens",
+            expected="weights that evaluations can read",
+            details=unknown,
+            hint="load this and all finetuned models with transformers, and save them by"
+            " save_pretrained(FOLDER), which leaves these tensors out",
+        )
+    if converts_tensors(inner):
+        return BadInput(
+            f"{folder} is a {inner.config.model_type} model, and transformers computes weights of"
+            " it from those of the file",
             expected="weights that are loaded as they are, or joined as those of experts are",
             details=unknown,
             hint="load this and all finetuned models with transformers, and save them by"
             " save_pretrained(FOLDER, save_original_format=False)",
         )
-    if unknown:
-        raise BadInput(
-            f"{folder} has tensors that do not exist in the model of its config.json",
-            details=unknown,
-            hint="check that config.json belongs to these weights",
-        )
-    return NamedModel(inner, names, folder, joined).eval()
+    return BadInput(
+        f"{folder} has tensors that do not exist in the model of its config.json",
+        details=unknown,
+        hint="check that config.json belongs to these weights",
+    )
 
 
 def _with_weights(

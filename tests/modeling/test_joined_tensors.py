@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from restitch.merging.errors import BadInput
 from restitch.merging.statistics.grams import gram_forms, measure_grams, packed
@@ -225,3 +225,18 @@ def test_weights_that_are_computed_otherwise_are_refused_with_what_to_do(
         FAMILY.load(mixtral)
     assert "save_original_format=False" in str(error.value)
     assert json.loads((mixtral / "config.json").read_text())["model_type"] in str(error.value)
+
+
+def test_layers_that_transformers_leaves_out_are_refused_with_what_to_do(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GLM and DeepSeek have them, to predict several tokens."""
+    monkeypatch.setattr(
+        MixtralForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.9.*"]
+    )
+    weights = load_file(mixtral / "model.safetensors")
+    more = {"model.layers.9.eh_proj.weight": torch.ones(2, 2)}
+    folder = changed(mixtral, tmp_path / "more", weights | more)
+    with pytest.raises(BadInput, match="tensors that transformers does not load") as error:
+        FAMILY.load(folder)
+    assert "model.layers.9.eh_proj.weight" in str(error.value)
