@@ -176,11 +176,27 @@ def open_hub(location: Location) -> HubTable | HubFiles:
             found=f"in the cache: {', '.join(sorted(cached)) or 'nothing'}",
             hint="try again when the hub can be reached",
         )
-    if dataset.info.builder_name in _READS_FILES and not _snapshot(location).is_dir():
+    if dataset.info.builder_name in _READS_FILES and not _has_rows(_snapshot(location)):
         _fetch_again(location)
     files = _text_files(location, dataset)
     name = f"{location.root} {location.split}"
     return files or HubTable(name, dataset, _snapshot(location))
+
+
+def _has_rows(folder: Path) -> bool:
+    """Whether files lie there that do not only describe the data set.
+
+    `datasets` always fetches those that do, and no others where it has prepared the rows before.
+    """
+    import datasets
+
+    names = datasets.config
+    only_describe = {
+        names.REPOCARD_FILENAME,
+        names.REPOYAML_FILENAME,
+        names.DATASETDICT_INFOS_FILENAME,
+    }
+    return any(path.is_file() and path.name not in only_describe for path in folder.rglob("*"))
 
 
 def _fetch_again(location: Location) -> None:

@@ -1,7 +1,10 @@
 """Base, finetuned model and data from a hub are pinned to a commit at registration."""
 
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from tests.hub_server import FakeHub, fake_hub
 from tests.shell import Shell
 from tests.worlds import World, write_yaml
 
-# Several commands in one process, which takes seconds to start, and without MLflow.
+# All commands in one process, which takes seconds to start, and without MLflow. Between two rounds
+# it waits for the hub to move on.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -25,14 +29,15 @@ from restitch.registry.mlflow.sync import MlflowProjection
 MlflowProjection.repair = lambda *_, **__: 0
 adopt_mlflow.external_models_of = lambda *_: ()
 folder = Path(sys.argv[1])
-found = {}
-try:
-    found["init"] = init_line(folder / "line.yaml").as_dict()
-    found["register"] = register("demo", folder / "task.yaml", "team/colour").as_dict()
-    found["remerge"] = remerge("demo").as_dict()
-except RestitchError as error:
-    found["error"] = [error.exit_code, error.message()]
-print(json.dumps(found))
+for _ in sys.stdin:
+    found = {}
+    try:
+        found["init"] = init_line(folder / "line.yaml").as_dict()
+        found["register"] = register("demo", folder / "task.yaml", "team/colour").as_dict()
+        found["remerge"] = remerge("demo").as_dict()
+    except RestitchError as error:
+        found["error"] = [error.exit_code, error.message()]
+    print(json.dumps(found), flush=True)
 """
 
 
@@ -46,11 +51,33 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
-def run(hub: FakeHub, home: Path, folder: Path) -> dict[str, Any]:
-    environment = hub.environment(folder / "cache").items()
-    shell = Shell(home, {k: v for k, v in environment if k.startswith(("HF_", "NO_PROXY"))})
-    found: dict[str, Any] = json.loads(shell.python(SCRIPT, folder).out.splitlines()[-1])
-    return found
+@contextmanager
+def rounds(hub: FakeHub, home: Path, folder: Path) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Run all commands once per call."""
+    environment = hub.environment(folder / "cache") | {"RESTITCH_HOME": str(home)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+
+        def run() -> dict[str, Any]:
+            asked.write("again\n")
+            asked.flush()
+            for line in answers:
+                if line.startswith("{"):
+                    found: dict[str, Any] = json.loads(line)
+                    return found
+            raise AssertionError("the process ended without an answer")
+
+        yield run
+        asked.close()
+    assert process.returncode == 0
 
 
 def test_a_model_from_the_hub_is_pinned_to_its_commit(
@@ -72,21 +99,22 @@ def test_a_model_from_the_hub_is_pinned_to_its_commit(
         },
     )
     home = tmp_path / "home"
-    first = run(hub, home, tmp_path)
-    assert "error" not in first, first
-    assert first["init"]["base"] == f"team/base@{commits['base']}"
-    assert first["register"]["merged"]["action"] == "promoted"
-    line_state = Shell(home).state()
-    task = line_state.tasks["colour"]
-    assert task.versions[1].model.uri == f"team/colour@{commits['colour']}"
-    assert task.spec.data is not None
-    assert task.spec.data.path == f"team/rows@{commits['rows']}"
+    with rounds(hub, home, tmp_path) as run:
+        first = run()
+        assert "error" not in first, first
+        assert first["init"]["base"] == f"team/base@{commits['base']}"
+        assert first["register"]["merged"]["action"] == "promoted"
+        line_state = Shell(home).state()
+        task = line_state.tasks["colour"]
+        assert task.versions[1].model.uri == f"team/colour@{commits['colour']}"
+        assert task.spec.data is not None
+        assert task.spec.data.path == f"team/rows@{commits['rows']}"
 
-    # Everything moves on, and the line stays where it is.
-    before = Shell(home).head_bytes()
-    hub.commit("team/base", files_of(world.model("number")))
-    hub.commit("team/rows", {"test.jsonl": rows + rows}, kind="datasets")
-    again = run(hub, home, tmp_path)
+        # Everything moves on, and the line stays where it is.
+        before = Shell(home).head_bytes()
+        hub.commit("team/base", files_of(world.model("number")))
+        hub.commit("team/rows", {"test.jsonl": rows + rows}, kind="datasets")
+        again = run()
     assert "error" not in again, again
     assert again["init"]["changes"] == []
     assert again["register"]["already"] is True

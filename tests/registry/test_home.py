@@ -108,36 +108,6 @@ def test_moving_the_caches_does_not_log_the_user_out(tmp_path):
     assert environment["HF_TOKEN_PATH"] == str(token)
 
 
-def test_importing_the_libraries_writes_nothing_to_the_users_home(tmp_path):
-    user, work = tmp_path / "user", tmp_path / "work"
-    user.mkdir()
-    work.mkdir()
-    code = """
-from restitch.registry.home import Home, prepare_environment
-from restitch.registry.s3.store import S3Store
-home = Home.from_environment()
-home.create()
-prepare_environment(home)
-import datasets, huggingface_hub, mlflow, prefect, transformers
-"""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PREFECT", "HF_", "MLFLOW", "XDG", "RESTITCH", "TORCH", "MPL"))
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=kept | {"HOME": str(user), "PYTHONPATH": str(ROOT)},
-        cwd=work,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert list(user.iterdir()) == []
-    assert [path.name for path in work.iterdir()] == [".restitch"]
-
-
 def test_looking_at_a_line_imports_nothing_heavy():
     code = """
 import sys

@@ -26,7 +26,6 @@ from restitch.modeling.data.task_data import (
 )
 from restitch.registry.specs.task import DataSpec
 from tests.modeling.conftest import png
-from tests.modeling.hub_server import Hub, hub
 
 LABELS = ("no", "yes")
 TEXTS = ["first", "second, with a comma", 'third "quoted"', "fourth\u2028still the fourth"]
@@ -352,84 +351,6 @@ class TestCalibration:
         data = TaskData(DataSpec(path=str(tmp_path), test="train.jsonl"), LABELS, "text")
         with pytest.raises(BadInput, match="no train rows"):
             data.calibration(4, 0)
-
-
-class TestHub:
-    """Against a local server; in a process of its own, for endpoints are read at import."""
-
-    FILES = {  # noqa: RUF012
-        "data/train.jsonl": b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n',
-        "data/test.jsonl": b'{"text": "c", "label": 1}\n',
-        "owner_script.py": b"raise SystemExit('ran')",
-    }
-    CODE = """
-import json, sys
-from restitch.merging.errors import RestitchError
-from restitch.registry.specs.task import DataSpec
-from restitch.modeling.data.task_data import TaskData, data_digest
-found = []
-for repo, split, revision in json.loads(sys.argv[1]):
-    data = TaskData(DataSpec(path=f'{repo}@{revision}', test=split), ("no", "yes"), "text")
-    try:
-        rows = data.rows("test")
-        found.append([rows[0].inputs, rows[0].label, len(rows), data_digest(data.spec)])
-    except RestitchError as error:
-        found.append([type(error).__name__, str(error)])
-print(json.dumps(found))
-"""
-
-    def read(self, server: Hub, cache: Path, *asked: tuple[str, str, str], **variables: str) -> Any:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
-            "HF_HOME": str(cache),
-            "HF_DATASETS_CACHE": str(cache / "datasets"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            **variables,
-        }
-        ran = subprocess.run(
-            [sys.executable, "-c", self.CODE, json.dumps(asked)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr
-        assert ran.stderr == ""
-        return json.loads(ran.stdout)
-
-    def test_a_split_is_read_at_its_commit_and_never_another(self, tmp_path):
-        with hub("me/toy", self.FILES) as server:
-            good = ("me/toy", "test", server.commit)
-            online, split, config, other = self.read(
-                server,
-                tmp_path,
-                good,
-                ("me/toy", "dev", server.commit),
-                ("me/toy:large", "test", server.commit),
-                ("me/other", "test", server.commit),
-            )
-            assert online[:3] == [["c"], 1, 1]
-            assert online[3]["splits"]["test"]["revision"] == server.commit
-            read = [path for path in server.seen if path.endswith(".jsonl")]
-            assert read
-            assert all(f"/resolve/{server.commit}/" in path for path in read)
-            for found, expected in (
-                (split, "'train', 'test'"),
-                (config, "Available: ['default']"),
-                (other, "no data set me/other"),
-            ):
-                assert found[0] == "BadInput"
-                assert expected in found[1]
-            server.seen.clear()
-            offline, elsewhere = self.read(
-                server, tmp_path, good, ("me/toy", "test", "a" * 40), HF_HUB_OFFLINE="1"
-            )
-            assert offline == online
-            assert server.seen == []
-            # `datasets` alone would take the cached commit, not the requested one.
-            assert elsewhere[0] == "Unavailable"
-            assert "commit " + "a" * 40 in elsewhere[1]
 
     def test_an_unreachable_hub_is_unavailable_and_not_bad_input(self, monkeypatch):
         import datasets

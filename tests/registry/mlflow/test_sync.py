@@ -19,7 +19,6 @@ from restitch.registry.mlflow.sync import MlflowProjection, without_credentials
 from restitch.registry.mlflow.writer import Writer
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
-from tests.hub_server import ROOT
 from tests.registry.builders import (
     digest,
     home_with_mlflow,
@@ -244,36 +243,6 @@ def test_a_file_that_is_not_a_database_is_unavailable(tmp_path):
     (tmp_path / "home" / "mlflow.db").write_bytes(b"not a database" * 100)
     with pytest.raises(Unavailable, match="cannot be used"):
         MlflowProjection(Home(tmp_path / "home")).repair(line)
-
-
-def test_nothing_is_written_outside_of_the_home(line, home, tmp_path):
-    """Parts of MLflow ask for a global address and make ./mlflow.db where there is none."""
-    work = tmp_path / "work"
-    work.mkdir()
-    code = f"""
-from pathlib import Path
-from restitch.registry.mlflow.sync import MlflowProjection
-from restitch.registry.home import Home, prepare_environment
-from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.mlflow.writer import Writer
-from restitch.registry.store.objects import ObjectStore
-home = Home(Path({str(home.root)!r}))
-prepare_environment(home)
-print(MlflowProjection(home).repair(Ledger(ObjectStore(home.open_store()), "line")))
-"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_TRACKING")}
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=work,
-        env=environment | {"PYTHONPATH": str(ROOT), "HOME": str(work)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "9"
-    assert "INFO" not in ran.stderr
-    assert list(work.iterdir()) == []
 
 
 def test_another_mlflow_is_filled_from_the_store_alone(line, mlflow, tmp_path, empty_mlflow):
