@@ -337,7 +337,6 @@ def test_the_same_acts_at_the_same_times_give_the_same_bytes(tmp_path):
 
 
 def test_reading_a_thousand_versions_reads_each_object_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("restitch.registry.store.disk.os.fsync", lambda _descriptor: None)
     line = ledger(tmp_path)
     store = line.objects.store
     tasks = tuple(f"t{n}" for n in range(20))
