@@ -1,6 +1,7 @@
 """The command, the arguments that several commands share, and the printing of a result."""
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 
 from restitch.cli.render.formats import console
-from restitch.merging.errors import RestitchError
+from restitch.merging.errors import RestitchError, UsageError
 
 app = typer.Typer(name="restitch", pretty_exceptions_enable=False)
 
@@ -112,3 +113,29 @@ def show_result(
     else:
         render(values, console())
     raise typer.Exit(getattr(result, "exit_code", code))
+
+
+def confirm_plan(
+    plan: Any, yes: bool, render: Callable[[Any, Console], None], question: str, unasked: str
+) -> None:
+    """Show what a command is about to do, and ask unless the answer was given.
+
+    Args:
+        plan: what is shown.
+        yes: the answer is given.
+        render: prints the plan.
+        question: what is asked at a terminal.
+        unasked: what did not happen and why, where there is no terminal.
+
+    Raises:
+        UsageError: there is no terminal to ask at.
+    """
+    render(plan.as_dict(), Console(stderr=True, highlight=False))
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"{unasked}, and there is no terminal to ask at",
+            hint="look at the plan above, then run the same command with --yes",
+        )
+    typer.confirm(question, abort=True, err=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -107,53 +107,58 @@ def _fail(error: RestitchError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+# Set when the user interrupted: a library may turn the interrupt into an error of its own.
+_interrupted = threading.Event()
+_SEEN_WITHIN = 0.3  # seconds until an interrupt that nobody handles counts as dropped
+
+
 @contextmanager
 def _interrupts_kept() -> Iterator[None]:
-    """Raise an interrupt again that Python dropped because it came within a `__del__`."""
+    """Remember an interrupt of this block, and send it again as long as it is dropped.
+
+    Python drops what is raised within a `__del__`, and pydantic what is raised while it serializes.
+    Does nothing where somebody else handles or ignores interrupts.
+    """
+    _interrupted.clear()
+    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not own or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     usual = sys.unraisablehook
     timers: list[threading.Timer] = []
 
     def hook(dropped: "sys.UnraisableHookArgs") -> None:
         if not isinstance(dropped.exc_value, KeyboardInterrupt):
             usual(dropped)
-            return
-        main_thread = threading.main_thread().ident or 0
-        # Later, for within the hook Python would drop it again; and to the main thread, so that
-        # it ends what it waits for.
-        timers.append(threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)))
-        timers[-1].start()
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = usual
-        for timer in timers:
-            timer.cancel()
-
-
-# Set when the user interrupted: a library may turn the interrupt into an error of its own.
-_interrupted = threading.Event()
-
-
-@contextmanager
-def _interrupts_noted() -> Iterator[None]:
-    """Remember an interrupt of this block, unless somebody else handles or ignores them."""
-    _interrupted.clear()
-    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not own or threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         _interrupted.set()
+        timers.append(threading.Timer(_SEEN_WITHIN, _interrupt_again))
+        timers[-1].daemon = True
+        timers[-1].start()
         signal.default_int_handler(number, frame)
 
+    sys.unraisablehook = hook
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = usual
+        for timer in timers:
+            timer.cancel()
+
+
+def _interrupt_again() -> None:
+    """Interrupt the main thread, unless it is handling an interrupt or what came of it."""
+    main_thread = threading.main_thread().ident or 0
+    found: Any = sys._current_exceptions().get(main_thread)
+    # Before Python 3.12 it comes with its type and its traceback.
+    error: BaseException | None = found[1] if isinstance(found, tuple) else found
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    if error is None:
+        signal.pthread_kill(main_thread, signal.SIGINT)
 
 
 @cache
@@ -172,7 +177,7 @@ def main() -> None:
         # Without MLflow's tracebacks of database errors, which end here in one message.
         logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
         reporter = TerminalReporter(quiet="--json" in sys.argv)
-        with _interrupts_noted(), _interrupts_kept(), reporting_to(reporter):
+        with _interrupts_kept(), reporting_to(reporter):
             command()(prog_name="restitch")
     except (SystemExit, KeyboardInterrupt) as end:
         # Typer turns Ctrl-C into this code without a message.

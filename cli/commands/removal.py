@@ -1,16 +1,13 @@
 """Commands that undo mistakes: forget a model, drop a line, and purge their weights."""
 
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from restitch.cli.app import Json, Line, Models, show_result
+from restitch.cli.app import Json, Line, Models, confirm_plan, show_result
 from restitch.cli.commands.audit import Reason, Remerge
 from restitch.cli.render import removal as render
 from restitch.cli.render.audit import decided
-from restitch.merging.errors import UsageError
 
 Purge = Annotated[
     bool, typer.Option("--purge", help="Delete the weights, and all that was made from them.")
@@ -38,7 +35,7 @@ def forget(
         show_result(run(line, model, reason, merge=remerge), as_json, decided)
     from restitch.flows.storage.purge import forget_and_purge, plan_purge
 
-    _confirm(plan_purge(line, model).as_dict(), yes)
+    _confirm(plan_purge(line, model), yes)
     show_result(forget_and_purge(line, model, reason, merge=remerge), as_json, render.purged)
 
 
@@ -64,24 +61,12 @@ def drop(
         show_result(decision, as_json, decided)
     from restitch.flows.storage.purge import drop_and_purge, plan_purge
 
-    _confirm(plan_purge(line, None).as_dict(), yes)
+    _confirm(plan_purge(line, None), yes)
     outcome = drop_and_purge(line, reason)
     keep_schedules(line)
     show_result(outcome, as_json, render.purged)
 
 
-def _confirm(plan: dict[str, Any], yes: bool) -> None:
-    """Show what a purge removes, and ask unless the answer was given.
-
-    Raises:
-        UsageError: there is no terminal to ask at.
-    """
-    render.plan(plan, Console(stderr=True, highlight=False))
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError(
-            "nothing was purged: a purge cannot be undone, and there is no terminal to ask at",
-            hint="look at what goes (above), then run the same command with --yes",
-        )
-    typer.confirm("purge this?", abort=True, err=True)
+def _confirm(plan: Any, yes: bool) -> None:
+    unasked = "nothing was purged: a purge cannot be undone"
+    confirm_plan(plan, yes, render.plan, "purge this?", unasked)

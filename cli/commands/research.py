@@ -1,17 +1,15 @@
 """Commands of a researcher; all but `experts` leave the line as it is."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from restitch.cli.app import Json, Line, Version, show_result
+from restitch.cli.app import Json, Line, Version, confirm_plan, show_result
 from restitch.cli.render import research as render
 from restitch.flows.research.study import STUDIES
-from restitch.merging.errors import BadInput, UsageError
+from restitch.merging.errors import BadInput
 from restitch.registry.specs.paper import load_paper, paper_names
 
 Tune = Annotated[bool, typer.Option("--tune", help="Choose settings on validation rows.")]
@@ -153,29 +151,13 @@ def paper(
     planned = plan_paper(read, _names(methods), tune)
     if plan:
         show_result(planned, as_json, render.paper_plan)
-    _confirm(planned.as_dict(), yes)
+    unasked = "nothing was started: the study needs the above"
+    confirm_plan(planned, yes, render.paper_plan, "start it?", unasked)
     from restitch.flows.research.paper import study_paper
 
     place = None if benchmark is None else str(benchmark)
     outcome = study_paper(name, models, place, retention, _names(methods), tune, out)
     show_result(outcome, as_json, render.paper_table)
-
-
-def _confirm(plan: dict[str, Any], yes: bool) -> None:
-    """Show what a study needs, and ask unless the answer was given.
-
-    Raises:
-        UsageError: there is no terminal to ask at.
-    """
-    render.paper_plan(plan, Console(stderr=True, highlight=False))
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError(
-            "nothing was started: the study needs the above, and there is no terminal to ask at",
-            hint="run the same command with --yes",
-        )
-    typer.confirm("start it?", abort=True, err=True)
 
 
 def _refuse_with_pairs(options: Mapping[str, str | None]) -> None:

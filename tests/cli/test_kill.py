@@ -327,16 +327,33 @@ def test_an_interrupt_exits_with_130_and_without_a_traceback(
     assert shell.kinds() == ALL
 
 
-def test_an_interrupt_within_a_destructor_is_not_dropped(shell: Shell) -> None:
-    """Python ignores every exception there, and would continue the command."""
-    script = """
-import signal, sys, time
-import restitch.cli.main
+DROPS = {
+    "a destructor": """
 class Doomed:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
-def work(**_):
+def drop():
     Doomed()
+""",
+    "a library": """
+def drop():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        pass
+""",
+}
+
+
+@pytest.mark.parametrize("where", DROPS)
+def test_an_interrupt_that_is_dropped_is_sent_again(shell: Shell, where: str) -> None:
+    """Python ignores every exception within a destructor, and would continue the command."""
+    script = f"""
+import signal, sys, time
+import restitch.cli.main
+{DROPS[where]}
+def work(**_):
+    drop()
     time.sleep(30)
     print("went on")
 restitch.cli.main.command = lambda: work
