@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home
+from restitch.registry.mlflow.connection import connect, mlflow_explained
 from restitch.registry.mlflow.external_models import task_of
 from restitch.registry.mlflow.projection import VERSION_TAG
-from restitch.registry.mlflow.sync import connect, mlflow_explained, without_credentials
+from restitch.registry.redaction import without_credentials
 from restitch.tasks.runtime.events import MODEL_REGISTERED
 from restitch.tasks.runtime.prefect_api import PrefectApi
 

@@ -129,7 +129,7 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from sqlalchemy.engine import Engine
 
     from restitch.registry.home import Home
-    from restitch.registry.mlflow.sync import connect
+    from restitch.registry.mlflow.connection import connect
 
     @event.listens_for(Engine, "connect")
     def _do_not_wait_for_the_disk(connection: Any, _record: Any) -> None:

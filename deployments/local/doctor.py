@@ -17,8 +17,8 @@ from restitch.deployments.server.definitions import full_name
 from restitch.deployments.server.schedules import PAUSED_IN_PREFECT, by_line, compare, plans
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.ledger.ledger import Ledger, lines, lines_in_use
-from restitch.registry.mlflow.sync import mlflow_explained, without_credentials
-from restitch.registry.redaction import NOTIFY_VARIABLE
+from restitch.registry.mlflow.connection import mlflow_explained
+from restitch.registry.redaction import NOTIFY_VARIABLE, without_credentials
 from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.conditional_writes import probe_conditional_writes, refusal
 from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer

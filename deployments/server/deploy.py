@@ -26,7 +26,7 @@ from restitch.deployments.server.schedules import (
     update,
 )
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.mlflow.sync import without_credentials
+from restitch.registry.redaction import without_credentials
 from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.engine import engine_url
 from restitch.tasks.runtime.events import DEPLOYMENT, has_workers

@@ -8,8 +8,8 @@ import os
 from typing import Any
 
 from restitch.registry.home import Home
+from restitch.registry.mlflow.connection import run_address
 from restitch.registry.mlflow.projection import DIGEST_TAG, experiment_name
-from restitch.registry.mlflow.sync import run_address
 from restitch.tasks.runtime.run_progress import run_page
 
 PATIENCE_SECONDS = 1.0

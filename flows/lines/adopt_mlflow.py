@@ -42,8 +42,8 @@ from restitch.registry.mlflow.external_models import (
     task_of,
 )
 from restitch.registry.mlflow.projection import ACCEPT_TAG
-from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.paths import named_path
+from restitch.registry.redaction import without_credentials
 from restitch.registry.specs.files import parse_task
 from restitch.registry.specs.strict_yaml import parse_mapping, read_text
 from restitch.registry.specs.task import TaskSpec

@@ -19,7 +19,7 @@ from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.mlflow.merged_models import IN_STORE
-from restitch.registry.mlflow.sync import without_credentials
+from restitch.registry.redaction import without_credentials
 from restitch.registry.store.base import NotInStore, Store
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore

@@ -11,7 +11,8 @@ from typing import Any
 
 from restitch.registry.ledger.line_state import MlflowVersion
 from restitch.registry.mlflow import projection
-from restitch.registry.mlflow.sync import MlflowProjection, mlflow_explained
+from restitch.registry.mlflow.connection import mlflow_explained
+from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.mlflow.writer import or_none, pages
 from restitch.registry.specs.task import NAME
 

@@ -217,7 +217,7 @@ def fetch_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
 @contextmanager
 def _downloaded(uri: str, home: Home) -> Iterator[tuple[str, Path]]:
     """An MLflow artifact's fixed address, and its files for the length of the context."""
-    from restitch.registry.mlflow.sync import connect, mlflow_explained
+    from restitch.registry.mlflow.connection import connect, mlflow_explained
 
     with explained(home.scratch, "write"):
         home.scratch.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ from restitch.modeling.licence import Licence
 from restitch.registry.ledger.line_state import LineState, State, TensorGroup
 from restitch.registry.ledger.measurements import shortfall
 from restitch.registry.ledger.records import MergedRecord, TaskResult
-from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.record import Interval
+from restitch.registry.redaction import without_credentials
 from restitch.registry.specs.metric import METRICS
 from restitch.tasks.report.card_fields import (
     TAGS,

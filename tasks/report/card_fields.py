@@ -8,7 +8,7 @@ import yaml
 from restitch.modeling.licence import Licence
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
-from restitch.registry.mlflow.sync import without_credentials
+from restitch.registry.redaction import without_credentials
 from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import is_hub_id, split_pin
 from restitch.tasks.report.provenance import Provenance

@@ -20,7 +20,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 from restitch.merging.errors import RestitchError, Unavailable
-from restitch.registry.mlflow.sync import without_credentials
+from restitch.registry.redaction import without_credentials
 from restitch.registry.stack import StackFile
 
 P = ParamSpec("P")

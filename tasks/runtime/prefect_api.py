@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from restitch.merging.errors import Unavailable
-from restitch.registry.mlflow.sync import without_credentials
+from restitch.registry.redaction import without_credentials
 
 if TYPE_CHECKING:
     import httpx

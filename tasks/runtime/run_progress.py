@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from restitch.merging.errors import Unavailable
-from restitch.registry.mlflow.sync import without_credentials
+from restitch.registry.redaction import without_credentials
 from restitch.tasks.runtime.engine import engine_url
 from restitch.tasks.runtime.events import DEPLOYMENT
 from restitch.tasks.runtime.prefect_api import PrefectApi

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from restitch.registry.home import Home
-from restitch.registry.mlflow.sync import connect
+from restitch.registry.mlflow.connection import connect
 from tests.conftest import NewHome, Three
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from restitch.merging.adapters.checkpoint import AdapterCheckpoint
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.registry.home import Home
-from restitch.registry.mlflow.sync import connect
+from restitch.registry.mlflow.connection import connect
 from tests.conftest import NewHome
 from tests.merging.adapters.folders import write_adapter
 from tests.merging.adapters.peft_folders import adapter_on, merged_by_peft

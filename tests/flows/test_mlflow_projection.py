@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from restitch.registry.home import Home
-from restitch.registry.mlflow.sync import connect
+from restitch.registry.mlflow.connection import connect
 from tests.conftest import Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World

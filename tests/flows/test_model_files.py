@@ -11,7 +11,7 @@ from torch import Tensor
 
 from restitch.registry.home import Home
 from restitch.registry.ledger.line_state import PREPROCESSING
-from restitch.registry.mlflow.sync import connect
+from restitch.registry.mlflow.connection import connect
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, copied, write_yaml

@@ -368,7 +368,7 @@ def test_the_classes_may_come_from_the_data(
 
 def test_a_model_may_come_from_mlflow(world: World, shell: Shell, tmp_path: Path) -> None:
     from restitch.registry.home import Home
-    from restitch.registry.mlflow.sync import connect
+    from restitch.registry.mlflow.connection import connect
 
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     client = connect(Home(shell.home))

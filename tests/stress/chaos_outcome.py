@@ -102,7 +102,7 @@ def _look_for_doubles(outcome: Outcome, ledger: Ledger, registered: Sequence[str
 
 def _look_in_mlflow(outcome: Outcome, ledger: Ledger, registered: Sequence[str]) -> None:
     """Check that MLflow shows every act, model and version once."""
-    from restitch.registry.mlflow.sync import connect
+    from restitch.registry.mlflow.connection import connect
 
     line = ledger.line
     client = connect(Home.from_environment())

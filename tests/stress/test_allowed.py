@@ -19,7 +19,7 @@ from restitch.modeling.families.family import get_family
 from restitch.modeling.licence import read_licence
 from restitch.registry.access_policy import check_address, check_path
 from restitch.registry.home import Home
-from restitch.registry.mlflow.sync import connect
+from restitch.registry.mlflow.connection import connect
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.task import TaskSpec

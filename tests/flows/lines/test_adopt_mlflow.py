@@ -12,8 +12,9 @@ from restitch.flows.lines.declare_task import declare_task
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home
 from restitch.registry.ledger.line_state import NO_GAIN, UNREAD
+from restitch.registry.mlflow.connection import connect
 from restitch.registry.mlflow.projection import ACCEPT_TAG, DIGEST_TAG, VERSION_TAG
-from restitch.registry.mlflow.sync import MlflowProjection, connect
+from restitch.registry.mlflow.sync import MlflowProjection
 from tests.servers import free_port, mlflow_server, s3_server
 from tests.shell import Shell
 from tests.worlds import World, turned

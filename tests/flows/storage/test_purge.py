@@ -334,7 +334,7 @@ def test_mlflow_shows_what_was_forgotten_as_archived(world: World, copy: Shell) 
     from mlflow.entities import ViewType
 
     from restitch.registry.home import Home
-    from restitch.registry.mlflow.sync import connect
+    from restitch.registry.mlflow.connection import connect
 
     copy(*reason("forget", "demo", "number", "--purge", "--yes"))
     with copy.inside():

@@ -12,7 +12,7 @@ import pytest
 
 from restitch.registry.home import Home
 from restitch.registry.maintenance.inventory import take_inventory
-from restitch.registry.mlflow.sync import connect
+from restitch.registry.mlflow.connection import connect
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from tests.conftest import NewHome, Three

@@ -15,8 +15,9 @@ import pytest
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.mlflow.sync import MlflowProjection, without_credentials
+from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.mlflow.writer import Writer
+from restitch.registry.redaction import without_credentials
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from tests.registry.builders import (

@@ -251,7 +251,7 @@ def mlflow_home(tmp_path_factory, empty_mlflow):
 
 @pytest.fixture(scope="module")
 def run(mlflow_home, tmp_path_factory):
-    from restitch.registry.mlflow.sync import connect
+    from restitch.registry.mlflow.connection import connect
 
     client = connect(mlflow_home)
     location = mlflow_home.mlartifacts.as_uri()
