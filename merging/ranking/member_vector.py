@@ -18,7 +18,7 @@ from restitch.merging.numerics.factors import Factors
 
 Floats = NDArray[Any]
 
-BLOCK = 1 << 16  # weights per step: few enough for a core's cache
+BLOCK = 1 << 17  # weights per step: few enough for a core's cache
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
