@@ -4,17 +4,18 @@
     python -m benchmarks.lm_eval --model DIR --data DIR [--tasks sst2 words] [--rows 500]
 
 Both read the same model in float32 on the CPU, and the same rows of each task: the prompt, and a
-space with each choice. `DIR` of the data has a folder for each task with `task.json` (`prompt`, and
-`choices` or `choices_column`) and `test.jsonl`. lm-eval first tries some batch sizes on a part of
-the rows and keeps the fastest. Then the two take turns, so that a busy moment affects both. Times
-include tokenizing.
+space with each choice. With `--shots` all prompts begin with the same examples: validation rows
+with their right choices. `DIR` of the data has a folder for each task with `task.json` (`prompt`,
+and `choices` or `choices_column`), `test.jsonl` and `validation.jsonl`. lm-eval first tries some
+batch sizes on a part of the rows and keeps the fastest. Then the two take turns, so that a busy
+moment affects both. Times include tokenizing.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,16 +63,23 @@ class Compared:
         return same and self.share <= MOST_TIME
 
 
-def read_rows(folder: Path, count: int) -> list[Example]:
-    """The first test rows of a task as questions."""
+def read_rows(folder: Path, count: int, shots: int) -> list[Example]:
+    """The first test rows of a task as questions, after examples that are the same for all."""
+    asked = _questions(folder, "validation", shots)
+    examples = "".join(f"{row.inputs[0]} {row.choices[row.label or 0]}\n\n" for row in asked)
+    rows = _questions(folder, "test", count)
+    return [replace(row, inputs=(examples + row.inputs[0],)) for row in rows]
+
+
+def _questions(folder: Path, split: str, count: int) -> list[Example]:
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    examples = []
+    lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    found = []
     for number, row in enumerate(map(json.loads, lines)):
         choices = task["choices"] if "choices" in task else row[task["choices_column"]]
         prompt = task["prompt"].format(**row).strip()
-        examples.append(Example((prompt,), row["label"], f"row {number}", tuple(choices)))
-    return examples
+        found.append(Example((prompt,), row["label"], f"row {number}", tuple(choices)))
+    return found
 
 
 def ours(model: Path) -> Score:
@@ -187,13 +195,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the tasks")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "words"])
     parser.add_argument("--rows", type=int, default=500, help="test rows of each task")
+    parser.add_argument("--shots", type=int, default=0, help="examples before each prompt")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
     parser.add_argument("--repeats", type=int, default=3, help="turns for each median")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     found = []
     for task in options.tasks:
-        rows = read_rows(options.data / task, options.rows)
+        rows = read_rows(options.data / task, options.rows, options.shots)
         sizes = options.batch_sizes
         found.append(compare(task, options.model, rows, options.repeats, sizes))
         print(found[-1], flush=True)

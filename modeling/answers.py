@@ -14,6 +14,8 @@ from restitch.registry.specs.task import Score
 
 # Positions of which all of the vocabulary is scored at once.
 SCORED = 128
+# Tokens of padding for which one more pass is made on a CPU: it costs about as much time.
+_PADDING = 32
 # Positions of an answer or a text whose predictions localizers match.
 _POSITIONS = 8
 
@@ -96,6 +98,7 @@ class Answers:
             padded: prompts of different lengths may go together.
         """
         lengths, of_rows = self.prompt_lengths, self.of_rows
+        padding = 0 if not padded else _PADDING if self.tokens.device.type == "cpu" else most
         rows = sorted((row for row, own in enumerate(of_rows) if own), key=lambda r: lengths[r])
         part: list[int] = []
         copies = 0  # answers of the part that need a copy of the prompt's keys and values
@@ -104,8 +107,8 @@ class Answers:
             longer = [self.lengths[p] for p in of_rows[row] if self.lengths[p] > 1]
             more, longest = copies + len(longer), max(after, *longer, 1)
             cost = max((len(part) + 1) * lengths[row], more * (lengths[row] + longest))
-            other = not padded and bool(part) and lengths[part[0]] != lengths[row]
-            if part and (cost > most or other):
+            unused = len(part) * lengths[row] - sum(lengths[one] for one in part)
+            if part and (cost > most or unused > padding):
                 yield part
                 part, more, longest = [], len(longer), max(1, *longer, 1)
             part.append(row)

@@ -20,14 +20,15 @@ _KEPT = (
 
 
 def generated(
-    model: NamedModel, inputs: Mapping[str, Tensor], start: int, spec: GenerateSpec
+    model: NamedModel, inputs: Mapping[str, Any], start: int, spec: GenerateSpec
 ) -> list[str]:
     """The likeliest next token, again and again, until a text ends.
 
     Args:
         model: the model.
-        inputs: of its `generate`: tokens and the attention mask.
-        start: the number of tokens before the first one that is generated.
+        inputs: of its `generate`: tokens, the attention mask, and the keys and values of tokens
+            before these.
+        start: the number of these tokens before the first one that is generated.
         spec: when to end.
 
     Returns:

@@ -76,7 +76,7 @@ class CausalLm(LanguageModel):
 
     name = "causal-lm"
     summary = "the likeliest answer after a prompt"
-    version = 1
+    version = 2
     prefixes = ("model.", "transformer.", "gpt_neox.")
     localizable = tuple(
         f"{start}{block}{end}" for start in ("", "*.") for block in _BLOCKS for end in _ENDS
@@ -149,18 +149,16 @@ class CausalLm(LanguageModel):
     def generate(self, model: nn.Module, batch: Batch, head: Head) -> list[str]:
         """The text that the model writes after each prompt."""
         assert head.spec.generate is not None
-        named, lengths = NamedModel.of(model), batch["prompt_length"].tolist()
-        together = [list(range(len(lengths)))]
+        named, answers = NamedModel.of(model), Answers.of(batch)
+        together = [list(range(len(answers.prompts)))]
         if _is_stateful(named.inner):
             together = [[row] for row in together[0]]
+        beginning = _Beginning.of(named.inner, answers)
         texts: list[str] = []
         for rows in together:
-            before = _Before.ending_together(batch["prompt"][rows], [lengths[row] for row in rows])
-            places = torch.arange(before.tokens.shape[1], device=before.tokens.device)
-            inputs = {
-                "input_ids": before.tokens,
-                "attention_mask": (places >= before.padding).long(),
-            }
+            before = _Before.of(answers, rows, beginning.length)
+            inputs = {"input_ids": before.tokens, "attention_mask": before.mask()}
+            inputs |= beginning.copied(len(rows), kept=True)
             texts += generated(named, inputs, before.tokens.shape[1], head.spec.generate)
         return texts
 
@@ -343,16 +341,18 @@ class _Before:
     @classmethod
     def of(cls, answers: Answers, rows: Sequence[int], done: int) -> "_Before":
         """The prompts of some rows, without as many tokens as are done."""
+        prompts = answers.prompts[rows, done:]
         lengths = [answers.prompt_lengths[row] - done for row in rows]
-        return cls.ending_together(answers.prompts[rows, done:], lengths, done)
-
-    @classmethod
-    def ending_together(cls, prompts: Tensor, lengths: Sequence[int], done: int = 0) -> "_Before":
-        """Move prompts that begin at the same place to the end of the longest."""
         longest = max(lengths)
         padding = longest - torch.tensor(lengths, device=prompts.device).unsqueeze(1)
         places = torch.arange(longest, device=prompts.device) - padding
         return cls(prompts.gather(1, places.clamp(min=0)), padding, done)
+
+    def mask(self, more: int = 0) -> Tensor:
+        """1 at all tokens that count, and 0 at padding, [rows, done + longest + more]."""
+        length = self.done + self.tokens.shape[1] + more
+        places = torch.arange(length, device=self.tokens.device)
+        return ((places < self.done) | (places - self.padding >= self.done)).long()
 
     def masked(self, more: int = 0) -> dict[str, Tensor]:
         """The mask and the positions of the prompts, or of `more` tokens after them.
@@ -361,12 +361,10 @@ class _Before:
         """
         if not bool(self.padding.any()):
             return {}
-        length = self.done + self.tokens.shape[1]
-        places = torch.arange(length + more, device=self.tokens.device)
-        positions = places - self.padding
-        own = positions[:, length:] if more else positions[:, self.done :]
-        mask = (places < self.done) | (positions >= self.done)
-        return {"attention_mask": mask.long(), "position_ids": own.clamp(min=0)}
+        mask = self.mask(more)
+        first = mask.shape[1] - more if more else self.done
+        places = torch.arange(first, mask.shape[1], device=mask.device)
+        return {"attention_mask": mask, "position_ids": (places - self.padding).clamp(min=0)}
 
     def select(self, rows: Sequence[int]) -> "_Before":
         """Some of the prompts, each as often as it is named."""

@@ -92,7 +92,7 @@ class Seq2seqLm(LanguageModel):
 
     name = "seq2seq-lm"
     summary = "the likeliest answer of the decoder to a prompt"
-    version = 1
+    version = 2
     prefixes = ("model.",)
     localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
     auto_class = "AutoModelForSeq2SeqLM"

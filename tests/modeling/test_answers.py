@@ -32,3 +32,11 @@ def test_every_row_is_in_one_part_with_rows_of_like_length(
         if not padded:
             assert len(set(own)) == 1
         assert own == sorted(own)
+
+
+def test_a_part_ends_where_padding_costs_more_than_another_pass() -> None:
+    def sizes(lengths: list[int]) -> list[int]:
+        return [len(part) for part in answers_after(lengths).together(2048, padded=True)]
+
+    assert sizes([10] * 16 + [12] * 3 + [40] * 2) == [19, 2], "32 tokens of padding"
+    assert sizes([10] * 17 + [12] * 3) == [17, 3], "34 tokens of padding"

@@ -30,9 +30,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         name: tiny_decoder(root / name, name.split("-")[0], bos="-bos" in name)
         for name in ("llama", "gpt2-bos", "qwen2")
     }
+    windows = decoder_of(root / "windows", "mistral", sliding_window=12)
     # Padding before a prompt changes the state of this one.
     recurrent = decoder_of(root / "recurrent", "recurrent_gemma", **RECURRENT)
-    return {**made, "recurrent": recurrent}
+    return {**made, "windows": windows, "recurrent": recurrent}
 
 
 def answers(folder: Path, texts: list[str], written: Sequence[object]) -> tuple[Rows, Head]:
@@ -58,12 +59,13 @@ def greedy(folder: Path, prompt: str, tokens: int) -> str:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2-bos", "qwen2", "recurrent"])
-def test_texts_are_generated_greedily_whatever_else_is_in_the_batch(folders, name):
-    folder = folders[name]
-    expected = [until_stop(greedy(folder, text, 4), ["\n"]) for text in TEXTS]
+@pytest.mark.parametrize("beginning", ["", "all begin with this: "])
+@pytest.mark.parametrize("name", ["llama", "gpt2-bos", "qwen2", "windows", "recurrent"])
+def test_texts_are_generated_greedily_whatever_else_is_in_the_batch(folders, name, beginning):
+    folder, texts = folders[name], [beginning + text for text in TEXTS]
+    expected = [until_stop(greedy(folder, text, 4), ["\n"]) for text in texts]
     assert len(set(expected)) > 1
-    rows, head = answers(folder, TEXTS, ["x"] * len(TEXTS))
+    rows, head = answers(folder, texts, ["x"] * len(texts))
     model, preprocess = FAMILY.load(folder), FAMILY.preprocessor(folder, head.spec.most_read)
     # Settings of the model itself must not count.
     NamedModel.of(model).inner.generation_config = GenerationConfig(
@@ -73,6 +75,20 @@ def test_texts_are_generated_greedily_whatever_else_is_in_the_batch(folders, nam
         found = FAMILY.generate(model, preprocess([rows[n] for n in range(len(rows))]), head)
         assert found == expected
         assert FAMILY.generate(model, preprocess([rows[1]]), head) == [expected[1]]
+
+
+def test_what_all_prompts_begin_with_goes_through_the_model_once(folders):
+    folder, texts = folders["llama"], ["b" * 40 + "a" * n for n in (1, 2, 3)]
+    rows, head = answers(folder, texts, ["x"] * 3)
+    model, seen = FAMILY.load(folder), []
+    NamedModel.of(model).inner.model.embed_tokens.register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(inputs[0].shape))
+    )
+    with torch.inference_mode():
+        FAMILY.generate(
+            model, FAMILY.preprocessor(folder)([*map(rows.__getitem__, range(3))]), head
+        )
+    assert seen[:3] == [(1, 40), (3, 3), (3, 1)]
 
 
 def test_a_generated_answer_is_compared_with_the_right_one(folders):
