@@ -102,10 +102,9 @@ class FisherScores:
         self._sensitivities = sensitivities
         self._power = power
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The scores of a tensor in order; a chunk is valid until the next one."""
-        start = 0
-        for chunk in self._vector.chunks(name):
+    def chunks(self, name: str, start: int = 0) -> Iterator[Tensor]:
+        """The scores of a tensor from a position on; a chunk is valid until the next one."""
+        for chunk in self._vector.chunks(name, start):
             self._weigh(name, chunk, np.arange(start, start + chunk.numel()))
             start += chunk.numel()
             yield chunk

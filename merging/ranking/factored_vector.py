@@ -38,9 +38,9 @@ class FactoredVector(MemberVector):
         """A reader of the task vector of a tensor, one range after the other."""
         return FactoredReader(self._weights(name))
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """|task vector| of a tensor in order."""
-        yield from torch.split(self._rounded(name).abs_(), BLOCK)
+    def chunks(self, name: str, start: int = 0) -> Iterator[Tensor]:
+        """|task vector| of a tensor from a position on."""
+        yield from torch.split(self._rounded(name)[start:].abs_(), BLOCK)
 
     def sample(self, name: str, stride: int, block: int) -> Tensor:
         """|task vector| at the first `block` of every `stride` coordinates."""

@@ -40,9 +40,10 @@ class KeptVector(MemberVector):
         difference = torch.from_numpy(self.reader(name).read(wide))
         return difference.view(self.shape(name))
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """|task vector| of a tensor in order; a chunk is valid until the next one."""
-        reader, flat = self.reader(name), self.base.tensor(name).view(-1)
+    def chunks(self, name: str, start: int = 0) -> Iterator[Tensor]:
+        """|task vector| of a tensor from a position on; a chunk is valid until the next one."""
+        reader, flat = self.reader(name), self.base.tensor(name).view(-1)[start:]
+        reader.skip(start)
         wide = torch.empty(min(BLOCK, flat.numel()), dtype=working_dtype(flat.dtype))
         for part in torch.split(flat, BLOCK):
             cast_into(wide, part)
@@ -77,6 +78,12 @@ class KeptReader:
         self._cursor = cursor
         self._start = 0
         self._room = torch.empty(0)
+
+    def skip(self, count: int) -> None:
+        """Pass over the next coordinates."""
+        self._start += count
+        if self._cursor is not None:
+            self._cursor.advance(count)
 
     def read(self, before: Floats) -> Floats:
         """The task vector at the next coordinates, in memory that the next call reuses.

@@ -78,8 +78,8 @@ class MemberVector(ABC):
         """The task vector of one tensor, in its shape."""
 
     @abstractmethod
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """|task vector| of a tensor in order; a chunk is valid until the next one."""
+    def chunks(self, name: str, start: int = 0) -> Iterator[Tensor]:
+        """|task vector| of a tensor from a position on; a chunk is valid until the next one."""
 
     @abstractmethod
     def sample(self, name: str, stride: int, block: int) -> Tensor:

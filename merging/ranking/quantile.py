@@ -192,12 +192,11 @@ def _cut_ties(scores: Scores, tallies: Sequence[_Tally], value: Any, left: int) 
         if count < left:
             left -= count
             continue
-        start = 0
-        for chunk in scores.chunks(tally.name):
-            if start >= tally.start:
-                ties = np.flatnonzero(chunk.numpy() == value)
-                if len(ties) >= left:
-                    return Cut(float(value), tally.name, start + int(ties[left - 1]))
-                left -= len(ties)
+        start = tally.start
+        for chunk in scores.chunks(tally.name, start):
+            ties = np.flatnonzero(chunk.numpy() == value)
+            if len(ties) >= left:
+                return Cut(float(value), tally.name, start + int(ties[left - 1]))
+            left -= len(ties)
             start += chunk.numel()
     raise AssertionError("the scores changed while they were read")

@@ -79,18 +79,19 @@ class TaskVector:
         """The number of coordinates of a tensor."""
         return self.base.info(name).numel
 
-    def chunks(self, name: str, size: int = CHUNK) -> Iterator[Tensor]:
-        """The scores of a tensor in order, in chunks of `size`.
+    def chunks(self, name: str, start: int = 0, size: int = CHUNK) -> Iterator[Tensor]:
+        """The scores of a tensor from a position on, in chunks of `size`.
 
         A chunk is valid until the next one is requested: the buffer is reused.
         """
-        base, finetuned = self.base.tensor(name).view(-1), self.finetuned.tensor(name).view(-1)
+        sides = self.base.tensor(name), self.finetuned.tensor(name)
+        base, finetuned = (side.view(-1)[start:] for side in sides)
         left = torch.empty(min(size, base.numel()), dtype=self._dtypes[name])
         right = torch.empty_like(left)
-        for start in range(0, base.numel(), size):
-            count = min(size, base.numel() - start)
-            cast_into(left, finetuned[start : start + count])
-            cast_into(right, base[start : start + count])
+        for at in range(0, base.numel(), size):
+            count = min(size, base.numel() - at)
+            cast_into(left, finetuned[at : at + count])
+            cast_into(right, base[at : at + count])
             scores = left[:count]
             array = scores.numpy()
             np.subtract(array, right.numpy()[:count], out=array)

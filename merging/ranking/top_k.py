@@ -51,8 +51,8 @@ class Scores(Protocol):
     def numel(self, name: str) -> int:
         """The number of scores of a tensor."""
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The scores of a tensor in order; a chunk is valid until the next one."""
+    def chunks(self, name: str, start: int = 0) -> Iterator[Tensor]:
+        """The scores of a tensor from a position on; a chunk is valid until the next one."""
 
     def sample(self, name: str, stride: int, block: int) -> Tensor:
         """About `block` scores in every `stride`, always the same ones."""
@@ -76,9 +76,9 @@ class TensorScores:
         """The number of scores of a tensor."""
         return self._scores[name].numel()
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The scores of a tensor."""
-        yield from torch.split(self._scores[name], _BLOCK)
+    def chunks(self, name: str, start: int = 0) -> Iterator[Tensor]:
+        """The scores of a tensor from a position on."""
+        yield from torch.split(self._scores[name][start:], _BLOCK)
 
     def sample(self, name: str, stride: int, block: int) -> Tensor:
         """The first `block` of every `stride` scores."""

@@ -83,6 +83,7 @@ def test_scores_are_those_of_the_slow_reference(linear: Linear, settings: Fisher
         size = (linear.finetuned[name] - linear.base[name]).abs()
         chunks = torch.cat([chunk.clone() for chunk in scores.chunks(name)])
         torch.testing.assert_close(chunks, (expected**settings.power * size).view(-1))
+        assert torch.equal(torch.cat(list(scores.chunks(name, 2))), chunks[2:])
 
 
 def test_sensitivities_are_measured_at_the_chosen_point_and_the_base_is_restored(

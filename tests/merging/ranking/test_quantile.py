@@ -42,8 +42,8 @@ class Floored:
         self.numel, self.sample = inner.numel, inner.sample
         self._inner, self._size = inner, size
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        for chunk in self._inner.chunks(name):
+    def chunks(self, name: str, start: int = 0) -> Iterator[Tensor]:
+        for chunk in self._inner.chunks(name, start):
             yield from torch.split(chunk, self._size)
 
 

@@ -27,6 +27,8 @@ def test_scores_are_the_difference_after_upcasting(
     scores = torch.cat([chunk.clone() for chunk in vector.chunks("w", size=16)])
     assert scores.dtype == wide == vector.score_dtype
     assert torch.equal(scores, expected)
+    rest = torch.cat([chunk.clone() for chunk in vector.chunks("w", 33, size=16)])
+    assert torch.equal(rest, expected[33:])
     assert torch.equal(vector.difference("w"), f.to(wide) - b.to(wide))
     rows = expected[:70].view(7, 10)[:, :3].reshape(-1)
     assert torch.equal(vector.sample("w", 10, 3), rows)

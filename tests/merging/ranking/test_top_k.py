@@ -78,9 +78,9 @@ class Deceiving(TensorScores):
     def sample(self, name: str, stride: int, block: int) -> Tensor:
         return torch.full((1000,), 9.0)
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str, start: int = 0) -> Iterator[Tensor]:
         type(self).passes += name == "a"
-        return super().chunks(name)
+        return super().chunks(name, start)
 
 
 def test_a_misleading_sample_only_costs_a_pass() -> None:

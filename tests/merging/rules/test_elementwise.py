@@ -248,6 +248,7 @@ def test_a_kept_vector_of_everything_is_the_task_vector(tmp_path: Path) -> None:
         assert torch.equal(kept.difference(name).float(), vector.difference(name))
         scores = torch.cat([chunk.clone() for chunk in kept.chunks(name)])
         assert torch.equal(scores, kept.difference(name).abs().view(-1))
+        assert torch.equal(torch.cat(list(kept.chunks(name, 3))), scores[3:])
         assert torch.equal(
             kept.sample(name, 5, 2), scores[: len(scores) // 5 * 5].view(-1, 5)[:, :2].reshape(-1)
         )
@@ -267,6 +268,7 @@ def test_the_task_vector_of_a_sparse_delta_is_0_elsewhere(tmp_path: Path) -> Non
             sparse_delta(member).values(name).double() - base.tensor(name).view(-1)[places].double()
         )
         assert torch.equal(flat[places], wanted)
+        assert torch.equal(torch.cat(list(kept.chunks(name, 3))), flat[3:].abs())
 
 
 @pytest.mark.parametrize(
