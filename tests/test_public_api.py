@@ -90,4 +90,6 @@ def test_errors_are_those_of_the_commands(world: World, shell: Shell) -> None:
         ):
             restitch.Line.create({"line": "demo", "basis": str(world.base)})
         with pytest.raises(restitch.BadInput, match="the line names no method"):
-            restitch.Line.create({"line": "demo", "base": str(world.base)})
+            restitch.Line.create(
+                {"line": "demo", "base": str(world.base), "family": "text-encoder"}
+            )

@@ -162,14 +162,13 @@ def _load(file: Path | Mapping[str, Any], space: Workspace) -> LineSpec:
     try:
         return load()
     except NoMethod as error:
-        family = load("none", _SPARSE).family
-        if family == "none":
-            raise
         raise BadInput(
-            error.summary, expected="the merge method of the line", hint=_proposed_method(family)
+            error.summary,
+            expected="the merge method of the line",
+            hint=_proposed_method(load(method=_SPARSE).family),
         ) from error
     except NoFamily as error:
-        spec = load("none")
+        spec = load("none", _SPARSE)
         line = Ledger(space.objects, spec.line).find()
         if line is not None:
             raise BadInput(

@@ -40,8 +40,8 @@ def load_line(path: Path, family: str | None = None, method: str | None = None) 
         method: the method of a file that names none.
 
     Raises:
-        NoMethod: the file names no method, and none was given.
         NoFamily: the file names no family, and none was given.
+        NoMethod: the file names no method, and none was given.
         BadInput: the file, or a file that it names, cannot be used.
     """
     text = read_text(path, "line file")
@@ -72,7 +72,7 @@ def line_of(
     """A line from the keys of a line file; relative paths start at the working directory.
 
     Raises:
-        NoMethod, NoFamily, BadInput: as `load_line`.
+        NoFamily, NoMethod, BadInput: as `load_line`.
     """
     return _line(deepcopy(dict(values)), "the line", Path.cwd(), family, method)
 
@@ -158,13 +158,13 @@ def _line(
     elif "localize" not in values and values.get("space") is not None:
         values["localize"] = {"mode": "dataless"}
     spec = checked(LineSpec, values, origin)
-    if without_method and method is None:
-        raise NoMethod(
-            f"{origin} names no method", expected="a line such as `method: localize-and-stitch`"
-        )
     if unnamed and family is None:
         raise NoFamily(
             f"{origin} names no family", expected="a line such as `family: text-encoder`"
+        )
+    if without_method and method is None:  # which one depends on the family
+        raise NoMethod(
+            f"{origin} names no method", expected="a line such as `method: localize-and-stitch`"
         )
     return spec
 

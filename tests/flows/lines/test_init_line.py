@@ -202,9 +202,13 @@ def test_a_finetuned_model_of_another_kind_is_quarantined_by_what_it_is(
         ),
     ],
 )
-def test_init_proposes_the_method_of_a_file_without_one(tmp_path, shell, make, family, proposed):
+def test_init_proposes_the_family_and_then_the_method_of_a_file_with_neither(
+    tmp_path, shell, make, family, proposed
+):
     file = tmp_path / "line.yaml"
-    file.write_text(f"line: kinds\nbase: {make(tmp_path / 'base')}\nfamily: {family}\n")
+    file.write_text(f"line: kinds\nbase: {make(tmp_path / 'base')}\n")
+    assert f"`family: {family}`" in shell("init", file, code=3).err
+    file.write_text(f"{file.read_text()}family: {family}\n")
     done = shell("init", file, code=3)
     assert f"{file} names no method" in done.err
     asked = " and ".join(f"`{line}`" for line in proposed.splitlines())
