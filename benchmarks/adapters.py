@@ -46,14 +46,8 @@ from restitch.registry.specs.files import load_task
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import Exam
-from restitch.tasks.inputs.checkpoints import (
-    Base,
-    LiveBase,
-    describe_model,
-    live_base,
-    open_base,
-    open_sparse,
-)
+from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base, open_sparse
+from restitch.tasks.inputs.live_base import LiveBase, live_base
 from restitch.tasks.inputs.task_data import resolve_task
 from restitch.tasks.localize import localize
 from restitch.tasks.runtime.refs import LineRef, WeightsRef

@@ -37,7 +37,8 @@ from restitch.modeling.evaluation import evaluate
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
-from restitch.tasks.inputs.checkpoints import Base, LiveBase, aligned, live_base, open_base
+from restitch.tasks.inputs.checkpoints import Base, aligned, open_base
+from restitch.tasks.inputs.live_base import LiveBase, live_base
 from restitch.tasks.inputs.task_data import task_head, verified_data
 from restitch.tasks.runtime.console import reporting_to, working
 from restitch.tasks.runtime.refs import LineRef

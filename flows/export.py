@@ -36,14 +36,9 @@ from restitch.registry.sizes import parse_size
 from restitch.registry.sources.hub_upload import check_repository, upload
 from restitch.serving.version_folder import copy_assets
 from restitch.tasks.export import export_shared
-from restitch.tasks.inputs.checkpoints import (
-    Base,
-    live_base,
-    open_base,
-    open_sparse,
-    open_specialist,
-)
+from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse, open_specialist
 from restitch.tasks.inputs.heads import head_file
+from restitch.tasks.inputs.live_base import live_base
 from restitch.tasks.report.card import model_card, public, specialist_card
 from restitch.tasks.report.provenance import provenance
 from restitch.tasks.report.usage import usage

@@ -25,13 +25,15 @@ from restitch.merging.files.lora_file import LoraLayer, write_lora
 from restitch.merging.localize.low_rank import change_of, factors_of, squared_singular_values
 from restitch.merging.numerics.factors import Factors
 from restitch.merging.ranking.allotment import ranks_by_budget, ranks_by_share
+from restitch.modeling.device import device
 from restitch.modeling.weights import WeightLayer, weight_layers
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.sources.hub_upload import check_repository, upload
 from restitch.registry.specs.task import is_hub_id, split_pin
 from restitch.tasks.evaluate import Exam
-from restitch.tasks.inputs.checkpoints import LiveBase, device, live_base, open_base, open_sparse
+from restitch.tasks.inputs.checkpoints import open_base, open_sparse
+from restitch.tasks.inputs.live_base import LiveBase, live_base
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.report.card import adapter_card, public
 from restitch.tasks.report.card_fields import hub_models

@@ -30,6 +30,7 @@ from restitch.merging.files.whole_weights import WholeWeights
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.rules.per_matrix import computing_on
 from restitch.merging.rules.stitch import DeltaMember
+from restitch.modeling.device import device
 from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.family_choice import only_family
 from restitch.modeling.pretrained import load_as_saved
@@ -44,14 +45,8 @@ from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.once import MergeSpec
 from restitch.registry.specs.strict_yaml import checked
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.inputs.checkpoints import (
-    Base,
-    describe_model,
-    device,
-    memory_explained,
-    open_base,
-    open_vector,
-)
+from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base, open_vector
+from restitch.tasks.inputs.live_base import memory_explained
 from restitch.tasks.localize import write_delta
 from restitch.tasks.report.card import once_card
 from restitch.tasks.runtime.console import say, working

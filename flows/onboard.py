@@ -44,7 +44,7 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.attempts import Attempt, Attempts
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.gain import gain_over_base
-from restitch.tasks.inputs.checkpoints import check_device
+from restitch.tasks.inputs.live_base import check_device
 from restitch.tasks.inputs.task_data import description_digest, evaluation_split
 from restitch.tasks.localize import localize
 from restitch.tasks.runtime.console import say, warn

@@ -43,7 +43,7 @@ from restitch.merging.errors import GateFailed, RestitchError, Unavailable
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Member, ModelKey
 from restitch.registry.ledger.records import MergedRecord
-from restitch.tasks.inputs.checkpoints import check_device
+from restitch.tasks.inputs.live_base import check_device
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.crash_recovery import mark_silent_runs
 from restitch.tasks.runtime.engine import flow

@@ -14,13 +14,15 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.data.task_data import Rows, TaskData, stratified
+from restitch.modeling.device import device
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.evaluation import evaluate as run_evaluation
 from restitch.modeling.families.family import Family
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.inputs.checkpoints import Base, device, live_base, open_base
+from restitch.tasks.inputs.checkpoints import Base, open_base
+from restitch.tasks.inputs.live_base import live_base
 from restitch.tasks.inputs.task_data import (
     evaluation_split,
     has_validation,

@@ -25,20 +25,15 @@ from restitch.merging.localize.subspace import own_factors
 from restitch.merging.numerics.bitwise import gather
 from restitch.merging.progress import Progress
 from restitch.merging.ranking.task_vector import TaskVector
+from restitch.modeling.device import device
 from restitch.modeling.gradients import checkpointed
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.density import Density
-from restitch.tasks.inputs.checkpoints import (
-    Base,
-    device,
-    live_base,
-    memory_explained,
-    open_base,
-    open_vector,
-)
+from restitch.tasks.inputs.checkpoints import Base, open_base, open_vector
+from restitch.tasks.inputs.live_base import live_base, memory_explained
 from restitch.tasks.localizers import Localizer, Ranking, localizer
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.engine import Cached, step

@@ -23,13 +23,15 @@ from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import Scores
 from restitch.modeling.data.rows import Rows
+from restitch.modeling.device import device
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.gradients import precision
 from restitch.modeling.heads import Head
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.inputs.checkpoints import Base, LiveBase, device, live_base
+from restitch.tasks.inputs.checkpoints import Base
+from restitch.tasks.inputs.live_base import LiveBase, live_base
 from restitch.tasks.inputs.task_data import (
     reading_inputs,
     task_head,

@@ -22,10 +22,12 @@ from restitch.merging.rules.per_matrix import computing_on
 from restitch.merging.rules.stitch import VERSION as STITCHING_VERSION
 from restitch.merging.rules.stitch import DeltaMember, split_names, write_patch
 from restitch.merging.statistics.statistic_file import open_statistic
+from restitch.modeling.device import device
 from restitch.registry.ledger.line_state import Member, ModelRef
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.store.objects import KeyRecord
-from restitch.tasks.inputs.checkpoints import Base, device, memory_explained, open_base
+from restitch.tasks.inputs.checkpoints import Base, open_base
+from restitch.tasks.inputs.live_base import memory_explained
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, PatchRef

@@ -20,7 +20,8 @@ from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.method import ObjectiveSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import Exam, choice_inputs, has_rows_to_choose_by
-from restitch.tasks.inputs.checkpoints import Base, LiveBase, live_base, open_base
+from restitch.tasks.inputs.checkpoints import Base, open_base
+from restitch.tasks.inputs.live_base import LiveBase, live_base
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step

@@ -35,11 +35,13 @@ from restitch.merging.statistics.statistic_file import (
     new_statistic,
     write_statistic,
 )
+from restitch.modeling.device import device
 from restitch.modeling.weights import linear_layers, restore
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
-from restitch.tasks.inputs.checkpoints import Base, LiveBase, device, live_base, open_base
+from restitch.tasks.inputs.checkpoints import Base, open_base
+from restitch.tasks.inputs.live_base import LiveBase, live_base
 from restitch.tasks.inputs.streamed_base import streamed_base
 from restitch.tasks.localizers import Calibration, OpenCalibration
 from restitch.tasks.runtime.console import warn, working

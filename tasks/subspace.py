@@ -25,10 +25,11 @@ from restitch.merging.localize.subspace import NAME, VERSION, cut, localize_subs
 from restitch.merging.numerics.bisection import geometric
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
+from restitch.modeling.device import device
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.localize import DEFAULT_RANK, LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.inputs.checkpoints import Base, device
+from restitch.tasks.inputs.checkpoints import Base
 from restitch.tasks.inputs.task_data import has_validation
 from restitch.tasks.recovery import Recovery
 from restitch.tasks.runtime.console import say, warn, working

@@ -161,7 +161,7 @@ def _models(space: Workspace) -> Iterator[Check]:
 
 
 def _device(space: Workspace) -> Iterator[Check]:
-    from restitch.tasks.inputs.checkpoints import device
+    from restitch.modeling.device import device
 
     here = device()
     yield Check("device", "ok", str(here))

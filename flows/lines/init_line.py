@@ -29,8 +29,9 @@ from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.adapter_vectors import with_modules
-from restitch.tasks.inputs.checkpoints import Base, check_compute, describe_model, open_base
+from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
 from restitch.tasks.inputs.heads import check_own_head, with_labels
+from restitch.tasks.inputs.live_base import check_compute
 from restitch.tasks.inputs.task_data import (
     check_fits,
     check_rows,

@@ -13,7 +13,8 @@ from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.specs.strict_yaml import checked
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.adapters import is_adapter
-from restitch.tasks.inputs.checkpoints import Base, live_base, open_base, open_model
+from restitch.tasks.inputs.checkpoints import Base, open_base, open_model
+from restitch.tasks.inputs.live_base import live_base
 from restitch.tasks.inputs.task_data import head_inputs, stored_head, task_head
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from restitch.merging.errors import Unavailable
 from restitch.merging.files.edits import Edits, edited
 from restitch.merging.progress import Progress, ignore
+from restitch.modeling.device import device
 from restitch.modeling.gradients import precision
 from restitch.modeling.part_by_part import PartByPart, Pass, nothing
-from restitch.tasks.inputs.checkpoints import (
-    Base,
+from restitch.tasks.inputs.checkpoints import Base
+from restitch.tasks.inputs.live_base import (
     LiveBase,
     check_compute,
-    device,
     drop_live_base,
     empty_model,
     more_memory,

@@ -33,7 +33,8 @@ from restitch.registry.specs.task import (
 from restitch.registry.store.objects import KeyRecord
 from restitch.serving.served_version import head_inputs as inputs_of_head
 from restitch.tasks.inputs.adapters import is_adapter
-from restitch.tasks.inputs.checkpoints import Base, LiveBase, open_model
+from restitch.tasks.inputs.checkpoints import Base, open_model
+from restitch.tasks.inputs.live_base import LiveBase
 from restitch.tasks.inputs.lm_eval_rows import rows_folder, with_lm_eval_rows
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by

@@ -21,6 +21,7 @@ from restitch.merging.localize.trained import NAME as TRAINED
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.rules.stitch import write_patch
 from restitch.modeling.data.task_data import stratified
+from restitch.modeling.device import device
 from restitch.modeling.families.family import Family
 from restitch.modeling.finetuning import VERSION, FinetuningSettings
 from restitch.modeling.finetuning import finetune as learn
@@ -28,15 +29,8 @@ from restitch.modeling.weights import apply_edits, restore
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
-from restitch.tasks.inputs.checkpoints import (
-    Base,
-    LiveBase,
-    device,
-    live_base,
-    memory_explained,
-    open_base,
-    open_sparse,
-)
+from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse
+from restitch.tasks.inputs.live_base import LiveBase, live_base, memory_explained
 from restitch.tasks.inputs.task_data import reading_inputs, verified_data
 from restitch.tasks.localizers import OpenCalibration, lacks, split_digests
 from restitch.tasks.runtime.console import working

@@ -5,8 +5,8 @@ import time
 
 from restitch.merging.digests import digest_json
 from restitch.merging.ranking.score_tensors import fingerprint
+from restitch.modeling.device import device
 from restitch.registry.ledger.line_state import Member
-from restitch.tasks.inputs.checkpoints import device
 from restitch.tasks.merge import make_recipe, write_patch_of
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef

@@ -14,7 +14,7 @@ from restitch.merging.errors import Unavailable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.gradients import repeated_layers
 from restitch.modeling.spread import Room
-from restitch.tasks.inputs import checkpoints
+from restitch.tasks.inputs import live_base
 from restitch.tasks.localizers import Fisher, Ranking
 from tests.conftest import NewHome
 from tests.shell import Shell
@@ -242,9 +242,7 @@ def test_running_out_of_gpu_memory_retries_with_checkpointing_and_then_fails(
         return real(self, *given)
 
     def checkpointed_layers() -> list[Any]:
-        model = (
-            next(iter(checkpoints._live.values())).model if checkpoints._live else torch.nn.Module()
-        )
+        model = next(iter(live_base._live.values())).model if live_base._live else torch.nn.Module()
         return [each for each in model.modules() if "forward" in vars(each)]
 
     deltas = []
@@ -274,15 +272,15 @@ def test_a_model_that_one_gpu_cannot_hold_is_spread_with_the_same_delta(
     """The CPU stands for two GPUs."""
     deltas = []
     for name in ("one", "two"):
-        monkeypatch.setattr(checkpoints, "_live", {})
+        monkeypatch.setattr(live_base, "_live", {})
         shell = new_home(name)
         task = with_splits(world, tmp_path / name)
         localize = {"mode": mode, "density": 0.3, "shots": 4}
         register(shell, world, tmp_path / f"{name}.yaml", task, **localize)
         deltas.append(shell.state().tasks["colour"].versions[1].delta)
-        monkeypatch.setattr(checkpoints, "check_memory", too_little)
-        monkeypatch.setattr(checkpoints, "_rooms", lambda *_: [Room(CPU, 10**8)] * 2)
-        monkeypatch.setattr(checkpoints, "plan", lambda model, *_: in_turns(model))
+        monkeypatch.setattr(live_base, "check_memory", too_little)
+        monkeypatch.setattr(live_base, "_rooms", lambda *_: [Room(CPU, 10**8)] * 2)
+        monkeypatch.setattr(live_base, "plan", lambda model, *_: in_turns(model))
     assert deltas[0] == deltas[1] is not None
     hooked = [m for m in spread_model().modules() if "_hf_hook" in vars(m)]
     assert len(hooked) == 1, "the second of two blocks"
@@ -293,14 +291,14 @@ def test_several_gpus_that_are_too_small_together_are_refused_like_one(
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml", retention=None, localize={"mode": "fisher"}))
     files = ("--task", with_splits(world, tmp_path / "data"), "--model", world.model("colour"))
-    monkeypatch.setattr(checkpoints, "_live", {})
-    monkeypatch.setattr(checkpoints, "check_memory", too_little)
-    monkeypatch.setattr(checkpoints, "_rooms", lambda *_: [Room(CPU, 10)] * 2)
+    monkeypatch.setattr(live_base, "_live", {})
+    monkeypatch.setattr(live_base, "check_memory", too_little)
+    monkeypatch.setattr(live_base, "_rooms", lambda *_: [Room(CPU, 10)] * 2)
     assert "there is not enough memory" in shell("register", "demo", *files, code=6).err
 
 
 def too_little(step: str, *_: object) -> None:
-    if not checkpoints._live:
+    if not live_base._live:
         raise Unavailable(f"there is not enough memory to {step}")
 
 
@@ -309,7 +307,7 @@ def in_turns(model: torch.nn.Module) -> list[int]:
 
 
 def spread_model() -> torch.nn.Module:
-    (live,) = checkpoints._live.values()
+    (live,) = live_base._live.values()
     return live.model
 
 

@@ -13,7 +13,7 @@ from restitch.merging.recipe import Recipe
 from restitch.modeling.part_by_part import PartByPart, Pass
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.inventory import take_inventory
-from restitch.tasks.inputs import checkpoints
+from restitch.tasks.inputs import live_base
 from tests.conftest import NewHome
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
@@ -212,8 +212,8 @@ def test_measuring_frees_a_loaded_model_that_leaves_too_little_memory(
     loaded: list[int] = []
 
     def check(*_: object) -> None:
-        loaded.append(len(checkpoints._live))
-        if checkpoints._live:
+        loaded.append(len(live_base._live))
+        if live_base._live:
             raise Unavailable("there is not enough memory")
 
     monkeypatch.setattr("restitch.tasks.inputs.streamed_base.check_memory", check)

@@ -14,7 +14,8 @@ from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.recipe import Recipe
 from restitch.modeling.data.records import read_records
 from restitch.modeling.families.family import get_family
-from restitch.tasks.inputs.checkpoints import describe_model, live_base, open_base
+from restitch.tasks.inputs.checkpoints import describe_model, open_base
+from restitch.tasks.inputs.live_base import live_base
 from restitch.tasks.merge import recipe_edits
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import workspace

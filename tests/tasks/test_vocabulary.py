@@ -18,7 +18,8 @@ from restitch.modeling.pretrained import NamedModel
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.inputs.checkpoints import describe_model, live_base, open_base
+from restitch.tasks.inputs.checkpoints import describe_model, open_base
+from restitch.tasks.inputs.live_base import live_base
 from restitch.tasks.localize import localize
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import workspace

@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from restitch.flows.onboard import attempts_at
+from restitch.modeling.device import device
 from restitch.registry.ledger.line_state import ModelKey
 from restitch.registry.mlflow.projection import DIGEST_TAG, STATE_TAG, VERSION_TAG
 from restitch.registry.store.attempts import Attempt, process_began
-from restitch.tasks.inputs.checkpoints import device
 from tests.conftest import Three
 from tests.deployments.conftest import PATIENCE, PLANTED, Stack
 from tests.stress.test_secrets import leaks

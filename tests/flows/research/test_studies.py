@@ -16,7 +16,8 @@ from restitch.flows.research.study.continual import FINETUNING
 from restitch.merging.errors import Unavailable
 from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.inputs.checkpoints import live_base, open_base, open_sparse
+from restitch.tasks.inputs.checkpoints import open_base, open_sparse
+from restitch.tasks.inputs.live_base import live_base
 from restitch.tasks.research.finetune import finetune
 from restitch.tasks.runtime.workspace import workspace
 from tests.cli.test_end_to_end import plain

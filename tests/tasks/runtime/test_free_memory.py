@@ -121,7 +121,7 @@ def test_a_registration_is_refused_before_the_model_is_loaded_and_goes_on_later(
     task, model = world.task("colour"), world.model("colour")
     with monkeypatch.context() as little:
         little.setattr(module, "free_memory", only(1000))
-        little.setattr("restitch.tasks.inputs.checkpoints._live", {})
+        little.setattr("restitch.tasks.inputs.live_base._live", {})
         done = shell("register", "demo", "--task", task, "--model", model, code=6)
     assert "there is not enough memory to evaluate on colour" in done.err
     assert "for the weights in float32" in done.err
