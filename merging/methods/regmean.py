@@ -47,7 +47,8 @@ def regmean(inputs: MergeInputs, *, scale: float = 0.9) -> Edits:
         grams = [unpacked(statistic.tensor(matrix.name), size) for statistic in own]
         return solved(matrix.changes, grams, scale).float()
 
-    return PerMatrix(inputs, merged)
+    # Inputs of a layer lie outside of the space that the factors span.
+    return PerMatrix(inputs, merged, in_core=False)
 
 
 def solved(changes: Tensor, grams: Iterable[Tensor], scale: float) -> Tensor:

@@ -84,12 +84,22 @@ class PerMatrix:
         inputs: the base and the members, each with its whole task vector.
         rule: merges the task vectors of a matrix.
         otherwise: merges those of a tensor that is not a matrix; by default the mean.
+        in_core: whether the rule may work in the core space. One that needs more than task vectors
+            may not.
     """
 
-    def __init__(self, inputs: MergeInputs, rule: Rule, otherwise: Rule | None = None) -> None:
+    def __init__(
+        self,
+        inputs: MergeInputs,
+        rule: Rule,
+        otherwise: Rule | None = None,
+        *,
+        in_core: bool = True,
+    ) -> None:
         self._vectors = inputs.vectors
         self._rule = rule
         self._otherwise = otherwise or self._mean
+        self._may_use_core = in_core
         self._device = _device.get() or torch.device("cpu")
         self.names = tuple(sorted({n for v in self._vectors for n in v.names}, key=by_bytes))
 
@@ -114,7 +124,9 @@ class PerMatrix:
         return Matrix(name, changes.to(self._device), members, min(changes.shape[1:], default=1))
 
     def _in_core(self, name: str, members: tuple[int, ...]) -> Matrix | None:
-        """The task vectors in the space of all factors; None if it is not smaller."""
+        """The task vectors in the space of all factors; None if it is not smaller or not wanted."""
+        if not self._may_use_core:
+            return None
         shape = self._vectors[members[0]].shape(name)
         factors = [f for f in (self._vectors[i].low_rank(name) for i in members) if f is not None]
         if len(shape) != 2 or len(factors) < len(members):

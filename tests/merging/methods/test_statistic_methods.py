@@ -46,6 +46,7 @@ def given(
     metadata: Sequence[Mapping[str, str]] | None = None,
 ) -> list[DeltaMember]:
     """Members with a statistic each."""
+    folder.mkdir(exist_ok=True)
     found = []
     for number, (member, values) in enumerate(zip(members, tensors, strict=True)):
         file = folder / f"{kind}{number}"

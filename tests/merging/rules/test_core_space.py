@@ -17,7 +17,11 @@ from restitch.merging.numerics.factors import Factors
 from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix
 from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.statistics.grams import packed
+from restitch.merging.statistics.statistic_file import GRAM
 from tests import tiny
+from tests.merging.methods.test_statistic_methods import given as given_statistic
+from tests.merging.methods.test_statistic_methods import means
 
 SHAPES = {"v": (9,), "w": (12, 9)}
 
@@ -87,6 +91,29 @@ def test_methods_on_factors_equal_those_on_whole_task_vectors(
     dense = [whole(folder, base, member) for member in members]
     method = get_method(name)
     one, other = method(base, members, **choice), method(base, dense, **choice)
+    assert differences(base, one, other) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["regmean", "fisher-merging"])
+def test_methods_with_statistics_equal_those_on_whole_task_vectors(
+    tmp_path: Path, name: str
+) -> None:
+    base = base_of(tmp_path)
+    members = [factored(tmp_path, f"t{i}", 2, i) for i in range(3)]
+    whole_ones = [whole(tmp_path, base, member) for member in members]
+    method, kind = get_method(name), get_method(name).needs[0]
+    generator = torch.Generator().manual_seed(1)
+    if kind == GRAM:
+        inputs = [torch.randn(20, 9, generator=generator) for _ in members]
+        values = [{"w": packed(one.T @ one / 20)} for one in inputs]
+    else:
+        values = [
+            {n: torch.rand(s, generator=generator).bfloat16() for n, s in SHAPES.items()}
+            for _ in members
+        ]
+    facts = means(values)
+    one = method(base, given_statistic(tmp_path / "f", members, kind, values, facts))
+    other = method(base, given_statistic(tmp_path / "w", whole_ones, kind, values, facts))
     assert differences(base, one, other) < 1e-4
 
 
