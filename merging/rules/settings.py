@@ -7,7 +7,7 @@ from restitch.merging.errors import BadInput
 # The coefficients that the papers try when they tune one.
 COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
 # For methods whose best coefficient lies above 1: each member's part of the change is reduced.
-LARGE_COEFFICIENTS = tuple(n / 5 for n in range(1, 11))
+LARGE_COEFFICIENTS = (*(n / 5 for n in range(1, 11)), 2.4, 2.8, 3.4, 4.0)
 
 
 def bad_setting(name: str, problem: str, expected: str, found: object) -> BadInput:
