@@ -7,25 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from restitch.merging.digests import digest_json
-from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
-from restitch.modeling.data.task_data import Rows, TaskData, stratified
+from restitch.modeling.data.task_data import stratified
 from restitch.modeling.device import device
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.evaluation import evaluate as run_evaluation
-from restitch.modeling.families.family import Family
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, open_base
 from restitch.tasks.inputs.live_base import live_base
+from restitch.tasks.inputs.reported_rows import reported_rows, rows_to_choose_by
 from restitch.tasks.inputs.task_data import (
     evaluation_split,
-    has_validation,
     head_inputs,
     task_head,
     verified_data,
@@ -179,10 +174,10 @@ class Exam:
         self.live = live_base(base, f"evaluate on {spec.task}")
         data = verified_data(spec, base.family)
         if validation is not None:
-            rows = _unreported(data, spec, base.family)
+            rows = rows_to_choose_by(data, spec, base.family)
             self._rows = rows.select(stratified(rows.strata, validation, 0))
         else:
-            rows, reported = _reported(data, spec)
+            rows, reported = reported_rows(data, spec)
             self._rows = rows if reported is None else rows.select(reported)
         self.count = len(self._rows)
         self._head = task_head(spec, base, self.live, head_of, space)
@@ -220,39 +215,6 @@ def choice_inputs(spec: TaskSpec, base: Base, head_of: ModelRef | None) -> dict[
         "metric": spec.metric,
         "evaluator": EVALUATOR_VERSION,
     }
-
-
-def has_rows_to_choose_by(spec: TaskSpec, family: Family) -> bool:
-    """True if a task has labelled rows other than those that its results are reported on.
-
-    These are validation rows, rows set apart from train, or test rows outside of the sample.
-    """
-    return has_validation(spec, family) or (spec.data is not None and spec.data.sample is not None)
-
-
-def _unreported(data: TaskData, spec: TaskSpec, family: Family) -> Rows:
-    """The rows to choose by."""
-    if has_validation(spec, family):
-        return data.rows("validation")
-    rows, reported = _reported(data, spec)
-    if reported is None or len(reported) == len(rows):
-        raise BadInput(
-            f"task {spec.task} has no rows to choose by",
-            expected="rows in addition to those that results are reported on",
-            found=f"{len(rows)} {evaluation_split(spec)} rows, "
-            "and results are reported on all of them",
-            hint="name validation rows in the task's file, or a smaller sample",
-        )
-    return rows.select(np.setdiff1d(np.arange(len(rows)), reported))
-
-
-def _reported(data: TaskData, spec: TaskSpec) -> tuple[Rows, NDArray[np.int64] | None]:
-    """The evaluation split, and the indices of the task's sample of it; None reports on all."""
-    split = evaluation_split(spec)
-    assert split is not None
-    assert spec.data is not None
-    rows, sample = data.rows(split), spec.data.sample
-    return rows, None if sample is None else stratified(rows.strata, sample.rows, sample.seed)
 
 
 def _ref(blob: str, space: Workspace) -> ResultRef:

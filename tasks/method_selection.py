@@ -19,9 +19,10 @@ from restitch.modeling.families.family import Family
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.method import ObjectiveSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.evaluate import Exam, choice_inputs, has_rows_to_choose_by
+from restitch.tasks.evaluate import Exam, choice_inputs
 from restitch.tasks.inputs.checkpoints import Base, open_base
 from restitch.tasks.inputs.live_base import LiveBase, live_base
+from restitch.tasks.inputs.reported_rows import has_rows_to_choose_by
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step

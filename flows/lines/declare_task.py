@@ -20,6 +20,7 @@ from restitch.registry.specs.files import load_task
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import open_base
 from restitch.tasks.inputs.heads import check_own_head, check_task_head, with_labels
+from restitch.tasks.inputs.reported_rows import check_some_are_left
 from restitch.tasks.inputs.task_data import (
     Remember,
     check_fits,
@@ -146,6 +147,8 @@ def resolved(
     remember = check_rows(
         spec, family, space, localize, calibrated=calibrated, chosen=len(methods) > 1
     )
+    if len(methods) > 1:
+        check_some_are_left(spec, family)
     if spec.data is not None:
         base = open_base(LineRef(line_state.spec, line_state.base), space)
         check_fits(spec, base)

@@ -32,6 +32,7 @@ from restitch.tasks.inputs.adapter_vectors import with_modules
 from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
 from restitch.tasks.inputs.heads import check_own_head, with_labels
 from restitch.tasks.inputs.live_base import check_compute
+from restitch.tasks.inputs.reported_rows import check_some_are_left
 from restitch.tasks.inputs.task_data import (
     check_fits,
     check_rows,
@@ -127,6 +128,8 @@ def init_line(file: Path | Mapping[str, Any]) -> InitOutcome:
         spec = spec.with_retention(benchmark)
     if isinstance(spec.method, TournamentSpec) and not isinstance(spec.retention, str):
         check_benchmark(spec.line, spec.method.objective, spec.retention, family)
+        if spec.method.objective.asks_retention and spec.retention is not None:
+            check_some_are_left(spec.retention, family)
     if old is None:
         ledger.create(spec, base, actor(), f"line {spec.line} on {base.uri}")
     else:

@@ -247,9 +247,7 @@ def killed(*_: object, **__: object) -> None:
 def test_retention_is_scored_on_rows_that_are_not_reported(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
-    values = yaml.safe_load((world.root / "general.yaml").read_text())
-    values["data"]["sample"] = 40
-    benchmark = str(write_yaml(tmp_path / "general.yaml", values))
+    benchmark = str(sampled(world, tmp_path, "general", 40))
     method = {"tournament": CONTESTANTS, "objective": {"accuracy": 0, "retention": 1}}
     shell = new_home("retention")
     shell("init", line_file(world, tmp_path, method, retention=benchmark))
@@ -283,6 +281,13 @@ def test_retention_is_scored_on_rows_that_are_not_reported(
     }
 
 
+def sampled(world: World, folder: Path, task: str, rows: int) -> Path:
+    """The file of a task whose results are reported on a sample of its test rows."""
+    values = yaml.safe_load(Path(world.task(task)).read_text())
+    values["data"]["sample"] = rows
+    return write_yaml(folder / f"{task}.yaml", values)
+
+
 def _files(world: World, folder: Path, task: str) -> tuple[object, ...]:
     return ("--task", with_splits(world, folder / task, task), "--model", world.model(task))
 
@@ -306,8 +311,15 @@ def test_mistakes_in_a_tournament_are_explained(
     assert "none for general" in no_rows
     assert "min_retention: 0" in no_rows
     assert "no benchmark" in refused(["ties", "averaging"], {"min_retention": 0.9})
+    whole = sampled(world, tmp_path, "general", 1000)
+    no_rest = refused(["ties", "averaging"], {"retention": 1}, retention=str(whole))
+    assert "task general has no rows to choose by" in no_rest
     shell("init", line_file(world, tmp_path, {"tournament": ["ties", "averaging"]}))
     files = ("--task", world.task("colour"), "--model", world.model("colour"))
     done = shell("register", "demo", *files, code=3)
     assert "none for colour" in done.err
     assert "--replace-task" in done.err
+    files = ("--task", sampled(world, tmp_path, "number", 1000), "--model", world.model("number"))
+    done = shell("register", "demo", *files, code=3)
+    assert "task number has no rows to choose by" in done.err
+    assert "number" not in shell.state().tasks
