@@ -15,8 +15,9 @@ Values = dict[str, Any]
 _PIPE_WIDTH = 10_000
 _MOST_NAMES = 5
 _BREAKS = {"members", "source", "task", "why", "changed"}
-_MEASURED = {"retention"}  # a number; its interval may go to the next line
-_LEAST = {"task": None, "retention": 11}
+# The interval of a number, the time of a date and the end of a long name may go to the next line.
+_MAY_BREAK = _BREAKS | {"retention", "made", "by"}
+_LEAST = {"task": None, "retention": 11, "made": 10, "by": 8}
 _WORDS = _BREAKS | {"state", "member", "made", "by", "mask", "weights", "time", "act", "verdict"}
 
 
@@ -39,7 +40,8 @@ def show_table(out: Console, columns: Iterable[str], rows: Iterable[Iterable[obj
         table.add_column(
             column,
             justify="left" if words else "right",
-            no_wrap=column not in _BREAKS | _MEASURED,
+            no_wrap=column not in _MAY_BREAK,
+            overflow="fold",
             min_width=_LEAST.get(column, 12 if column in _BREAKS else None),
         )
     for row in rows:

@@ -1,0 +1,34 @@
+"""Tables in a terminal of 80 columns: nothing that a reader needs is cut."""
+
+import io
+
+from rich.console import Console
+
+from restitch.cli.render import audit
+
+
+def test_the_table_of_versions_fits_into_80_columns() -> None:
+    version = {
+        "version": 12,
+        "role": "champion",
+        "mean_accuracy": 0.894,
+        "mean_normalized": 0.911,
+        "retention": 0.899,
+        "retention_interval": {"low": 0.88, "high": 0.92},
+        "created_at": "2026-11-30T22:54:41+00:00",
+        "made_by": {"actor": "remerge@host-12"},
+        "members": {"arrows": 1, "letters": 1, "radar": 10},
+        "specialists": None,
+        "purged": None,
+        "forgotten": [],
+    }
+    out = io.StringIO()
+    audit.versions({"versions": [version]}, Console(file=out, width=80, highlight=False))
+    shown = out.getvalue()
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    words = ("12 champion", "0.899", "(0.88-0.92)", "2026-11-30", "22:54", "members")
+    for word in (*words, "arrows 1,", "letters 1,", "radar 10"):
+        assert word in shown, shown
+    header, *lines = shown.splitlines()
+    names = [line[header.index("by") : header.index("members")].strip() for line in lines]
+    assert "".join(names) == "remerge@host-12", shown
