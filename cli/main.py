@@ -150,7 +150,7 @@ def _interrupts_kept() -> Iterator[None]:
 
 
 def _interrupt_again() -> None:
-    """Interrupt the main thread, unless it is handling an interrupt or what came of it."""
+    """Interrupt the main thread, unless it handles an interrupt or an error that followed it."""
     main_thread = threading.main_thread().ident or 0
     found: Any = sys._current_exceptions().get(main_thread)
     # Before Python 3.12 it comes with its type and its traceback.
