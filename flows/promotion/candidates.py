@@ -32,7 +32,7 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.compare_results import compare_results, read_evaluation
 from restitch.tasks.evaluate import Evaluations, evaluate
 from restitch.tasks.gain import gain_over_base
-from restitch.tasks.inputs.task_data import evaluation_split
+from restitch.tasks.inputs.task_data import evaluation_split, left_out_note
 from restitch.tasks.merge import make_recipe, stitch
 from restitch.tasks.method_selection import SelectionOutcome
 from restitch.tasks.runtime.events import this_run
@@ -289,6 +289,8 @@ def measure_member(
         notes += (f"the finetuned model cannot be evaluated: {error.summary}",)
     if spec.data is not None and spec.data.validation is None and split == "validation":
         notes += ("the validation rows are a part of train: the model may have seen them",)
+    if spec.data is not None and (left_out := left_out_note(spec.data, split)) is not None:
+        notes += (left_out,)
     measured = {"base": base, "finetuned": finetuned, "grafted": grafted, "merged": result}
     known = {name: ref for name, ref in measured.items() if ref is not None}
     gain = None if finetuned is None else gain_over_base(workspace().objects, base, finetuned)

@@ -12,6 +12,7 @@ from restitch.registry.specs.task import check_choices
 
 _SHOWN = 80
 _MOST_DIGITS = 9
+_HINT = "correct the column under label:; unlabelled: under data leaves out rows without a label"
 
 Choices = tuple[str, ...]
 
@@ -70,7 +71,7 @@ def right_choices(table: Table, column: str, choices: Sequence[Choices]) -> list
             f"{table.where(right.index(()))} has no right choice",
             expected="an index, one of the choices, or a list of them",
             found="an empty list",
-            hint="correct the column under label:, or leave out rows without a label",
+            hint=_HINT,
         )
     return right
 
@@ -109,7 +110,7 @@ def _indices(
                 expected=f"an index from 0 to {len(choices[row]) - 1}, or one of"
                 f" {', '.join(map(repr, choices[row]))}"[: 4 * _SHOWN],
                 found=repr(label)[:_SHOWN],
-                hint="correct the column under label:, or leave out rows without a label",
+                hint=_HINT,
             )
         result.append(index)
     return result

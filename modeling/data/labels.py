@@ -1,4 +1,4 @@
-"""The class index of every row: labels are indices, or names of the classes.
+"""The class index of every row that has a label: an index, or the name of a class.
 
 A name counts in any case and Unicode form, with `_` or a space between words. If the data set
 names its classes itself, its names decide and not its order. Labels with two readings that differ
@@ -22,6 +22,7 @@ from restitch.modeling.data.tables import Table
 _SHOWN = 8
 _LONGEST = 60  # characters of one label in an error
 _Found = dict[tuple[str, object], int | None]  # the class of each value in a column
+_WHOLE = re.compile(r"(?<=\d)\.0+\Z")  # what a whole number with a fraction ends with
 _DECIDE = "set classes: under data to the names in the data, in the order of the task's classes"
 
 
@@ -133,6 +134,50 @@ def class_indices(
     return result, tuple(notes)
 
 
+def labelled_rows(table: Table, column: str, unlabelled: str, classes: Classes) -> list[int]:
+    """The rows that have a label.
+
+    Args:
+        table: the table.
+        column: its label column.
+        unlabelled: the value of rows without a label, compared as a text: `-1` is also -1.0, and
+            an empty text also a missing value.
+        classes: the classes of the task.
+
+    Raises:
+        BadInput: the value is a class of the task, or no row has a label.
+    """
+    lookup = _Lookup(classes)
+    if lookup.by_own_name(unlabelled, table.name) is not None:
+        raise BadInput(
+            f"{table.name}: the rows without a label cannot be told from those of a class",
+            expected="a value of unlabelled: that is neither the name nor the index of a class",
+            found=f"unlabelled: {unlabelled!r}",
+            hint="correct unlabelled: under data, or name the classes of the data in classes:",
+        )
+    own = table.class_names(column) or ()
+    none = _comparable(unlabelled, ())
+    rows = [
+        row for row, value in enumerate(table.column(column)) if _comparable(value, own) != none
+    ]
+    if not rows:
+        raise BadInput(
+            f"{table.name} has no row with a label",
+            expected="rows with labels",
+            found=f"{len(table)} rows with {unlabelled!r}, the value of unlabelled: under data",
+            hint="name another split: those of a public test often have no labels",
+        )
+    return rows
+
+
+def _comparable(value: object, own: Sequence[str]) -> str:
+    """A label as a text to compare; an index into the data set's own names is the name."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(own):
+        return own[value]
+    text = "" if value is None else _text(value).strip()
+    return _WHOLE.sub("", text)
+
+
 def _by_own_names(
     table: Table, column: str, own: Sequence[str], lookup: _Lookup, notes: list[str]
 ) -> _Found:
@@ -220,9 +265,11 @@ def _unknown(
     number = f"an index from 0 to {len(labels) - 1}, or " if classes.names is None else ""
     hint = "check the column under label: and the classes under head: labels or choices"
     if re.fullmatch(r"-\d+", _text(value)):
-        hint = "rows without a label often have -1, as in many test sets: use labelled rows"
+        hint = f"if rows with {value} have no label, leave them out: unlabelled: {value} under data"
+    elif value in (None, ""):
+        hint = 'leave out the rows without a label: unlabelled: "" under data'
     elif isinstance(value, float) or re.fullmatch(r"\d+\.\d+", _text(value)):
-        hint = "write labels as whole numbers, and leave out rows without a label"
+        hint = "write labels as whole numbers; unlabelled: under data leaves out rows without one"
     elif own or isinstance(value, str):
         hint = _DECIDE
     # Where the data names its classes, its indices mean these names.

@@ -34,7 +34,8 @@ def numbers(table: Table, column: str) -> NDArray[np.float64]:
             f"{table.where(wrong)}, column {column!r} is not a number",
             expected="a finite number, such as 3.8",
             found=repr(table.column(column)[wrong])[:_SHOWN],
-            hint="correct the row or leave it out; data: label names the column",
+            hint="correct the row; data: label names the column, and data: unlabelled the value"
+            " of rows to leave out",
         )
     return np.array(values, dtype=np.float64)
 

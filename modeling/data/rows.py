@@ -89,6 +89,7 @@ class Rows:
         classes: the names of the classes in the label column; None if they are the labels.
         prompt: how the values of a row become one text; None leaves them as they are.
         of_numbers: the label column has numbers, not classes.
+        left_out: how many other rows have no label and are left out.
     """
 
     table: Table
@@ -100,6 +101,7 @@ class Rows:
     classes: tuple[str, ...] | None = None
     prompt: Prompt | None = None
     of_numbers: bool = False
+    left_out: int = 0
     _memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:

@@ -110,6 +110,39 @@ class ListTable:
         return self._names.get(column)
 
 
+class TablePart:
+    """Some rows of another table, in the given order."""
+
+    def __init__(self, table: Table, rows: Sequence[int]) -> None:
+        self._table, self._rows = table, rows
+        self.name, self.root, self.columns = table.name, table.root, table.columns
+        self.typed, self.notes, self.synsets = table.typed, table.notes, table.synsets
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int, columns: Sequence[str]) -> tuple[Any, ...]:
+        """The values of one row."""
+        return self._table.row(self._rows[index], columns)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """All values of one column."""
+        values = self._table.column(name)
+        return [values[row] for row in self._rows]
+
+    def named_files(self, column: str) -> Iterator[str]:
+        """The names of files in a column."""
+        yield from (value for value in self.column(column) if isinstance(value, str))
+
+    def where(self, index: int) -> str:
+        """File and row."""
+        return self._table.where(self._rows[index])
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """The names of the classes, if the data set has them."""
+        return self._table.class_names(column)
+
+
 def open_table(
     path: str, source: str, *, revision: str | None = None, form: CsvFormat | None = None
 ) -> Table:

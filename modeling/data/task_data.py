@@ -15,10 +15,17 @@ from numpy.typing import NDArray
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.csv_files import CsvFormat
 from restitch.modeling.data.file_kinds import printable
+from restitch.modeling.data.labels import Classes, labelled_rows
 from restitch.modeling.data.rows import Example as Example
 from restitch.modeling.data.rows import Prompt as Prompt
 from restitch.modeling.data.rows import Rows as Rows
-from restitch.modeling.data.tables import Table, image_columns, open_table, split_origin
+from restitch.modeling.data.tables import (
+    Table,
+    TablePart,
+    image_columns,
+    open_table,
+    split_origin,
+)
 from restitch.registry.specs.prompt import MASK
 from restitch.registry.specs.task import DataSpec, Modality, split_pin
 
@@ -139,7 +146,7 @@ def open_split(
     """The rows of one described split.
 
     If the task has rows of its own to evaluate on, its train rows may lack the label column: they
-    then serve as inputs to calibrate with.
+    then serve as inputs to calibrate with. Rows that `unlabelled` marks are left out.
 
     Args:
         spec: where the rows are.
@@ -151,7 +158,7 @@ def open_split(
 
     Raises:
         BadInput: the split is not described, cannot be read, is empty, lacks a column, or has a
-            label outside of the classes.
+            label outside of the classes or no label at all.
     """
     spec = spec.with_columns(modality)
     source = spec.source(split)
@@ -181,6 +188,12 @@ def open_split(
             found=f"columns {', '.join(map(printable, table.columns))}",
             hint=_nearest(missing[0], table.columns, prompt is not None),
         )
+    left_out = 0
+    if label is not None and spec.unlabelled is not None:
+        classes = Classes(tuple(labels), spec.classes)
+        labelled = labelled_rows(table, label, spec.unlabelled, classes)
+        left_out = len(table) - len(labelled)
+        table = TablePart(table, labelled)
     rows = Rows(
         table,
         inputs,
@@ -190,6 +203,7 @@ def open_split(
         classes=spec.classes,
         prompt=prompt,
         of_numbers=of_numbers,
+        left_out=left_out,
     )
     if rows.label is not None:
         _ = rows.targets
@@ -296,6 +310,7 @@ def data_digest(spec: DataSpec, modality: Modality = "image") -> dict[str, objec
     # Settings that are not used leave the digest as it is.
     read_as = {
         "classes": None if spec.classes is None else list(spec.classes),
+        "unlabelled": spec.unlabelled,
         "delimiter": spec.delimiter,
         "quotes": spec.quotes,
         "holdout": spec.holdout,

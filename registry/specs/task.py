@@ -68,6 +68,10 @@ Texts = Annotated[
 ]
 
 
+def _as_text(value: Any) -> Any:
+    return str(value) if type(value) in (int, float) else value
+
+
 class SampleSpec(Spec):
     """Some of the rows that a task is evaluated on; each class has its share of them."""
 
@@ -108,6 +112,11 @@ class DataSpec(Spec):
     )
     """The names of the classes in the label column, in the order of `head: labels` or `choices`; by
     default the classes themselves, in any order and case."""
+    unlabelled: Annotated[
+        str | None, BeforeValidator(_as_text), InFile(int | float | str | None)
+    ] = Field(default=None, examples=[-1])
+    """The value in the label column of rows that have no label, such as -1, or `""` where it is
+    empty. These rows are left out and counted; by default they are an error."""
     delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = Field(
         default=None, examples=[";"]
     )
@@ -122,6 +131,8 @@ class DataSpec(Spec):
     content: dict[str, JsonValue] | None = None
     """The digests of the files behind the rows; registration fills it in, and rows are compared
     with it before use."""
+    left_out: dict[str, int] | None = None
+    """The number of rows of each split that `unlabelled` leaves out; registration fills it in."""
 
     @field_validator("sample", mode="before")
     @classmethod
@@ -423,6 +434,10 @@ class TaskSpec(Spec):
             if given:
                 raise ValueError(
                     f"metric '{self.metric}' scores whole texts: leave out '{given[0]}'"
+                )
+            if self.data is not None and self.data.unlabelled is not None:
+                raise ValueError(
+                    f"leave out 'data.unlabelled': metric '{self.metric}' needs no labels"
                 )
         elif self.per is not None:
             raise ValueError("'per' is the unit of 'metric: perplexity'")

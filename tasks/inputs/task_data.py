@@ -40,6 +40,7 @@ from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by
 
 _AT_ONCE = 64
+_UNLABELLED = ("unlabelled", "left_out")  # left out of what a task means where they are not used
 _SHOWN = 80
 
 
@@ -63,6 +64,9 @@ def _meaning(spec: TaskSpec) -> dict[str, Any]:
     for key in PROMPT_KEYS:
         if values.get(key) is None or (key == "score" and spec.prompt is None):
             values.pop(key, None)
+    for key in _UNLABELLED:
+        if values["data"] is not None and values["data"][key] is None:
+            del values["data"][key]
     if values["data"] is not None and values["data"]["content"] is not None:
         for place in ("path", "train", "validation", "test"):
             values["data"][place] = values["data"][place] is not None
@@ -89,12 +93,29 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
     data = task_data(spec, family)
     for note in dict.fromkeys(note for split in data.splits for note in data.rows(split).notes):
         warn(f"{spec.task}: {note}")
+    counts = {split: data.rows(split).left_out for split in data.splits if pinned.source(split)}
+    left_out = {split: count for split, count in counts.items() if count} or None
+    pinned = pinned.model_copy(update={"left_out": left_out})
+    for split in left_out or ():
+        warn(f"{spec.task}: {left_out_note(pinned, split)}")
     if pinned.content is not None:
         verified_data(spec, family)
         return spec
     with working(f"reading the data of {spec.task}"):
         content = data_digest(pinned, family.modality)
     return spec.model_copy(update={"data": pinned.model_copy(update={"content": content})})
+
+
+def left_out_note(data: DataSpec, split: str) -> str | None:
+    """A sentence about the rows without a label that are left out of a split, if there are some."""
+    source = split if data.source(split) is not None else "train"  # of which it is set apart
+    count = (data.left_out or {}).get(source)
+    if count is None:
+        return None
+    label = f"(unlabelled: {data.unlabelled or repr('')})"
+    if count == 1:
+        return f"1 {source} row has no label {label} and is left out"
+    return f"{count} {source} rows have no label {label} and are left out"
 
 
 def _check_scoring(spec: TaskSpec, family: Family) -> None:

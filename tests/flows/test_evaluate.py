@@ -1,5 +1,6 @@
 """`evaluate` measures the data as it is now, or refuses it."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from tests.shell import Shell
-from tests.worlds import World, write_rows, write_yaml
+from tests.worlds import ROWS, World, write_rows, write_yaml
 
 pytestmark = pytest.mark.usefixtures("without_mlflow")
 
@@ -55,3 +56,21 @@ def test_changed_data_is_refused_like_a_forced_remerge_does(
     )
     file.write_bytes(kept)
     assert shell("evaluate", "demo").out == before
+
+
+def test_rows_without_a_label_are_left_out_and_reported(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    task, rows = own_copy(world, tmp_path, "colour")
+    with rows.open("a") as stream:
+        stream.write('{"text": "x", "label": "-1"}\n')
+    values = yaml.safe_load(task.read_text())
+    values["data"]["unlabelled"] = -1
+    shell("init", world.line(tmp_path / "line.yaml", localize={"density": 1}, retention=None))
+    shell("register", "demo", "--task", write_yaml(task, values), "--model", world.model("colour"))
+    note = "1 test row has no label (unlabelled: -1) and is left out"
+    result = shell.json("show", "demo", "1")["results"]["colour"]
+    assert (result["count"], result["notes"]) == (ROWS, [note])
+    assert f"colour: {note}" in shell("show", "demo", "1").out
+    shell("report", "demo", "1", tmp_path / "report.html")
+    assert note in html.unescape((tmp_path / "report.html").read_text())

@@ -112,7 +112,67 @@ def test_other_names_are_refused_with_both_lists_unless_the_task_has_them(tmp_pa
 def test_rows_without_a_label_are_explained(tmp_path, form):
     with pytest.raises(BadInput, match="row 1: the label is not") as caught:
         read(tmp_path, ("no", "yes"), write(tmp_path, form, [0, -1]))
-    assert "-1" in str(caught.value.hint)
+    assert "unlabelled: -1 under data" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("values", "unlabelled", "expected"),
+    [
+        ([-1, 1, 0, -1], -1, [1, 0]),
+        (["-1", "yes", "no"], "-1", [1, 0]),
+        (["-", "yes", "no", "-"], "-", [1, 0]),
+        ([None, "yes", "no"], "", [1, 0]),
+        (["yes", " unsure", "no"], "unsure", [1, 0]),
+    ],
+)
+def test_rows_that_the_task_marks_as_unlabelled_are_left_out(
+    tmp_path, form, values, unlabelled, expected
+):
+    spec = DataSpec(path=str(tmp_path), test=write(tmp_path, form, values), unlabelled=unlabelled)
+    rows = open_split(spec, "test", labels=("no", "yes"))
+    kept = [row for row, value in enumerate(values) if value in (0, 1, "no", "yes")]
+    assert [rows[place].inputs[0] for place in range(len(rows))] == [f"text {row}" for row in kept]
+    assert [rows[place].where for place in range(len(rows))] == [f"t.{form} row {r}" for r in kept]
+    assert (rows.targets.tolist(), rows.left_out) == (expected, len(values) - len(kept))
+
+
+def test_a_data_set_may_have_a_name_for_no_label(tmp_path):
+    own = ["none", "yes", "no"]
+    name = write(tmp_path, "parquet", [1, 0, 2, 0], own)
+    assert read(tmp_path, ("no", "yes"), name, unlabelled="none") == [1, 0]
+    name = write(tmp_path, "parquet", [1, -1, 0], ["no", "yes"])
+    assert read(tmp_path, ("no", "yes"), name, unlabelled=-1) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "unlabelled", "message"),
+    [
+        ([-1, -1], -1, "t.jsonl has no row with a label"),
+        ([0, 1], 1, "cannot be told from those of a class"),
+        (["no", "yes"], "No", "cannot be told from those of a class"),
+        ([0, -2], -1, "row 1: the label is not one of the classes"),
+    ],
+)
+def test_rows_without_a_label_never_hide_what_is_wrong(tmp_path, values, unlabelled, message):
+    name = write(tmp_path, "jsonl", values)
+    with pytest.raises(BadInput, match=message):
+        read(tmp_path, ("no", "yes"), name, unlabelled=unlabelled)
+
+
+def test_a_number_may_stand_for_no_number(tmp_path):
+    for form, values in (("csv", [3.5, -1.0, 2.0]), ("parquet", [3.5, -1.0, 2.0])):
+        spec = DataSpec(path=str(tmp_path), test=write(tmp_path, form, values), unlabelled=-1)
+        rows = open_split(spec, "test", of_numbers=True)
+        assert rows.targets.tolist() == [3.5, 2.0]
+
+
+def test_the_rows_left_out_belong_to_the_digest_of_the_data(tmp_path):
+    name = write(tmp_path, "jsonl", [0, -1, 1])
+    plain = DataSpec(path=str(tmp_path), test=name)
+    marked = plain.model_copy(update={"unlabelled": "-1"})
+    assert "read_as" not in data_digest(plain, "text")
+    assert data_digest(marked, "text")["read_as"] == {"unlabelled": "-1"}
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])

@@ -16,6 +16,7 @@ from restitch.tasks.inputs.task_data import (
     check_rows,
     description_digest,
     evaluation_split,
+    left_out_note,
     resolve_task,
     same_task,
     verified_data,
@@ -46,6 +47,28 @@ def test_missing_keys_are_filled_in(tmp_path: Path) -> None:
     assert spec.data.content is not None
     given = {"path": "rows", "test": "test.jsonl", "input": "text", "label": "label"}
     assert resolve_task(task_of(tmp_path, data=given), FAMILY) == spec
+
+
+def test_rows_without_a_label_are_counted_at_registration(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": n % 2 if n % 3 else -1} for n in range(20)]
+    write_rows(tmp_path / "rows" / "train.jsonl", rows)
+    write_rows(tmp_path / "rows" / "some.jsonl", rows[:3])
+    data = {"path": "rows", "train": "train.jsonl", "unlabelled": -1}
+    with reporting_to(notes := Notes()):
+        spec = resolve_task(task_of(tmp_path, data=data | {"test": "some.jsonl"}), FAMILY)
+    assert spec.data is not None
+    assert spec.data.left_out == {"train": 7, "test": 1}
+    assert resolve_task(spec, FAMILY) == spec
+    said = notes.warnings
+    assert said == [
+        "colour: 7 train rows have no label (unlabelled: -1) and are left out",
+        "colour: 1 test row has no label (unlabelled: -1) and is left out",
+    ]
+    assert left_out_note(spec.data, "test") == said[1].removeprefix("colour: ")
+    apart = resolve_task(task_of(tmp_path, data=data), FAMILY).data
+    assert apart is not None
+    assert left_out_note(apart, "validation") == said[0].removeprefix("colour: ")
+    assert left_out_note(apart.model_copy(update={"left_out": None}), "test") is None
 
 
 def test_resolving_again_changes_nothing(tmp_path: Path) -> None:
