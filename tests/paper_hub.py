@@ -38,6 +38,7 @@ from tests.tiny_models import (
 )
 
 TEST_ROWS = 24
+UNLABELLED = 8  # each row of this number has no label, where the task names rows without
 BLOCKS = ("*encoder.layers.*", "*encoder.layer.*", "*.h.*", "*block.*", "*model.layers.*")
 # The class names of data sets that differ from those of their task.
 ENTAILMENT = ("entailment", "neutral", "contradiction")
@@ -170,9 +171,14 @@ def _add_rows(data: dict[str, Repository], spec: TaskSpec, test: Targets, family
 
 
 def _labels(spec: TaskSpec, rows: DataSpec, targets: Sequence[int]) -> tuple[Any, list[Any]]:
-    """The label column: booleans, numbers, or indices of classes that the data set names."""
-    if rows.classes is not None:
+    """The label column: booleans, names, numbers, or indices of classes that the data set names."""
+    if rows.classes == ("false", "true"):
         return Value("bool"), [bool(target) for target in targets]
+    if rows.classes is not None:
+        return Value("string"), [rows.classes[target] for target in targets]
+    if rows.unlabelled is not None:
+        without = int(rows.unlabelled)
+        targets = [without if row % UNLABELLED == 0 else t for row, t in enumerate(targets)]
     if spec.answer is not None:
         return Value("float32"), [index % 26 / 5 for index in range(len(targets))]
     names = NAMED.get(rows.path)
