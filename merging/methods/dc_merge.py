@@ -13,9 +13,8 @@ from torch import Tensor
 
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
+from restitch.merging.rules.per_matrix import Matrix, PerMatrix, nearest_orthogonal
 from restitch.merging.rules.settings import check_range
 from restitch.merging.rules.triplets import check_share, leading_triplets
 
@@ -85,7 +84,7 @@ def merged(
         calibrate: multiply the result by `answer`.
     """
     kept, members = leading_triplets(changes, rank, share), len(changes)
-    left, right = cover(kept.left), cover(kept.right)
+    left, right = nearest_orthogonal(kept.left), nearest_orthogonal(kept.right)
     side = members * max(1, rank // members)
     entries = min(max(1, math.floor(density * side * side + 0.5)), len(kept.values) ** 2)
     in_basis = (
@@ -103,15 +102,6 @@ def merged(
         found = found * answer(found, blocks, kept.values)
     turned = torch.stack(left.chunk(members, 1)) @ found
     return torch.cat(tuple(turned), 1) @ right
-
-
-def cover(vectors: Tensor) -> Tensor:
-    """The nearest orthonormal vectors, in the space of the vectors alone.
-
-    P R^T of the SVD P Q R^T without the directions where Q is 0.
-    """
-    left, values, right = svd(vectors)
-    return (left * above_rounding(values, max(vectors.shape))) @ right
 
 
 def largest(matrix: Tensor, count: int) -> Tensor:

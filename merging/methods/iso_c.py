@@ -4,6 +4,7 @@ from torch import Tensor
 
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
+from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import PerMatrix, svd
 from restitch.merging.rules.settings import check_range
@@ -15,7 +16,7 @@ SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
 
 @method(
     name="iso-c",
-    version=1,
+    version=2,
     source="Marczak et al., No task left behind: isotropic merging, ICML 2025, arXiv 2502.04959",
     exact=False,
     whole=True,
@@ -33,6 +34,15 @@ def iso_c(inputs: MergeInputs, *, alpha: float = 1.3) -> Edits:
 
 
 def isotropic(change: Tensor) -> Tensor:
-    """A matrix with its own singular vectors and the mean of its singular values."""
+    """A matrix with its own singular vectors and the mean of its singular values.
+
+    Those that are 0 up to rounding stay 0, and outside of the mean: their vectors are arbitrary.
+    """
     left, values, right = svd(change)
-    return values.mean() * (left @ right)
+    real = above_rounding(values, max(change.shape))
+    return mean_of(values, real) * ((left * real) @ right)
+
+
+def mean_of(values: Tensor, real: Tensor) -> Tensor:
+    """The mean of the singular values that are real, or 0."""
+    return (values * real).sum() / real.sum().clamp_min(1)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from restitch.merging.files.edits import Edits
-from restitch.merging.methods.iso_c import SCALES
+from restitch.merging.methods.iso_c import SCALES, mean_of
 from restitch.merging.methods.registry import method
+from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
 from restitch.merging.rules.settings import check_range
@@ -13,7 +14,7 @@ from restitch.merging.rules.settings import check_range
 
 @method(
     name="iso-cts",
-    version=1,
+    version=2,
     source="Marczak et al., No task left behind: isotropic merging, ICML 2025, arXiv 2502.04959",
     exact=False,
     whole=True,
@@ -38,7 +39,7 @@ def merged(changes: Tensor, common: float) -> Tensor:
     With the rank r, s = round((r - floor(common * r)) / T) and k = r - T * s, as in the authors'
     code. The residual of D_t is D_t - U_k U_k^T D_t, where U_k are the leading left vectors of the
     sum. All left and all right vectors are replaced by the nearest orthonormal ones, and all
-    singular values by their mean.
+    singular values by their mean. Directions whose singular value is 0 up to rounding do not count.
 
     Args:
         changes: task vectors of one matrix, members x rows x columns.
@@ -55,5 +56,8 @@ def merged(changes: Tensor, common: float) -> Tensor:
         lefts.append(one_left[:, :own])
         spectrum.append(one_values[:own])
         rights.append(one_right[:own])
-    value = torch.cat(spectrum).mean()
-    return value * nearest_orthogonal(torch.cat(lefts, 1)) @ nearest_orthogonal(torch.cat(rights))
+    together = torch.cat(spectrum)
+    real = above_rounding(together, max(changes.shape[1:]))
+    left = nearest_orthogonal(torch.cat(lefts, 1) * real)
+    right = nearest_orthogonal(torch.cat(rights) * real[:, None])
+    return mean_of(together, real) * left @ right

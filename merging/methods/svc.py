@@ -13,6 +13,7 @@ from torch import Tensor
 from restitch.merging.errors import BadInput
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import Method, get_method, method, method_names
+from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
@@ -77,8 +78,8 @@ def calibrated(change: Tensor, changes: Tensor, floor: float) -> Tensor:
 
     p_rt = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2 is the coefficient of the task's own response along
     the direction u_r in the merged one; it is 0 if the task changes nothing there. If all singular
-    values are equal, as after Iso-C, the singular vectors are arbitrary. Then those of D plus a
-    small multiple of the sum are used (after Iso-C, they are the sum's own).
+    values that are not 0 are equal, as after Iso-C, the singular vectors are arbitrary. Then those
+    of D plus a small multiple of the sum are used (after Iso-C, they are the sum's own).
 
     Args:
         change: the merged matrix, rows x columns.
@@ -86,7 +87,8 @@ def calibrated(change: Tensor, changes: Tensor, floor: float) -> Tensor:
         floor: the lower bound of p_rt, more than 0.
     """
     left, values, right = svd(change)
-    if values[0] - values[-1] <= _EQUAL * values[0]:
+    rank = int(above_rounding(values, max(change.shape)).sum())
+    if values[0] - values[rank - 1] <= _EQUAL * values[0]:
         together = changes.sum(0)
         size = together.norm().clamp_min(torch.finfo().tiny)
         left, _, right = svd(change + _LEAN * values[0] / size * together)

@@ -12,7 +12,7 @@ from restitch.merging.rules.triplets import check_share, leading_triplets
 
 @method(
     name="tsv-m",
-    version=2,
+    version=3,
     source="Gargiulo et al., Task singular vectors, CVPR 2025, arXiv 2412.00081",
     exact=False,
     whole=True,
@@ -35,6 +35,8 @@ def tsv_m(inputs: MergeInputs, *, alpha: float = 1.0, rank: float = 1.0) -> Edit
 
 def merged(changes: Tensor, rank: int, share: float = 1.0) -> Tensor:
     """Merge the leading triplets of each matrix, with left and right vectors orthogonalized.
+
+    A triplet that several members share counts once, with the mean of its singular values.
 
     Args:
         changes: task vectors of one matrix, members x rows x columns.

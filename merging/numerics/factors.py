@@ -80,7 +80,7 @@ def above_rounding(values: Tensor, side: int) -> Tensor:
     """True for the singular values that are not 0 up to rounding.
 
     Args:
-        values: in falling order along the last dimension.
+        values: those of each matrix along the last dimension.
         side: the longer side of the matrices.
     """
-    return values > values[..., :1] * side * torch.finfo(values.dtype).eps
+    return values > values.amax(-1, keepdim=True) * side * torch.finfo(values.dtype).eps

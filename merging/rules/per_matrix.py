@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from restitch.merging.numerics.bitwise import as_integers
+from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.numerics.rounding import cast, round_once
 from restitch.merging.order import by_bytes
 from restitch.merging.rules.merge_inputs import MergeInputs
@@ -150,10 +151,14 @@ class PerMatrix:
         return matrix.changes.sum(0) / len(self._vectors)
 
 
-def nearest_orthogonal(factors: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns (or rows): P R^T of the SVD P Q R^T."""
-    left, _, right = svd(factors)
-    return left @ right
+def nearest_orthogonal(vectors: Tensor) -> Tensor:
+    """The orthonormal columns (or rows) nearest to some vectors, in the space of these alone.
+
+    P R^T of the SVD P Q R^T, without the directions where Q is 0 up to rounding: the SVD gives
+    arbitrary ones there. Vectors that are equal or 0 then share the directions that there are.
+    """
+    left, values, right = svd(vectors)
+    return (left * above_rounding(values, max(vectors.shape))) @ right
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from restitch.merging.errors import BadInput
@@ -21,7 +23,7 @@ from restitch.merging.methods.regmean import solved
 from restitch.merging.methods.tsv_m import merged
 from restitch.merging.methods.wudi import minimized
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.per_matrix import PerMatrix, computing_on
+from restitch.merging.rules.per_matrix import PerMatrix, computing_on, nearest_orthogonal, svd
 from restitch.merging.rules.stitch import DeltaMember, sparse_delta
 from tests import tiny
 
@@ -156,6 +158,65 @@ def test_orthogonal_tasks_are_kept_whole() -> None:
     assert torch.allclose(merged(changes, 4), changes.sum(0), atol=1e-6)
     assert torch.allclose(minimized(changes, 300, 1e-3), changes.sum(0), atol=1e-6)
     assert torch.allclose(isotropic(changes.sum(0)), 2.75 * torch.eye(4), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "wanted"),
+    [
+        # Each member: how much it changes the first and the second direction.
+        ([(3, 0), (3, 0)], (3, 0)),
+        ([(3, 0), (3, 0), (0, 5)], (3, 5)),
+        ([(3, 0), (1, 0)], (2, 0)),
+        ([(3, 0), (-3, 0)], (0, 0)),
+        ([(3, 2), (3, 2)], (3, 2)),
+        ([(3, 2), (3, 0)], (3, 2)),
+    ],
+)
+def test_a_direction_that_members_share_counts_once(
+    strengths: list[tuple[float, float]], wanted: tuple[float, float]
+) -> None:
+    # Rotated, so that zeros are rounding errors as they are in real models.
+    left, right = (torch.linalg.qr(one)[0] for one in changes_of(2, (8, 8)))
+    of = torch.stack(
+        [left[:, :2] @ torch.diag(torch.tensor(s)).float() @ right[:2] for s in strengths]
+    )
+    found = left.T @ merged(of, 8) @ right.T
+    expected = torch.zeros(8, 8)
+    expected[0, 0], expected[1, 1] = wanted
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 2), min_size=1, max_size=3), st.integers(0, 1000), st.data())
+def test_members_that_come_twice_in_any_order_count_once(
+    ranks: list[int], seed: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    once = [
+        torch.randn(14, rank, generator=generator) @ torch.randn(rank, 12, generator=generator)
+        for rank in ranks
+    ]
+    twice = data.draw(st.permutations([*once, *once]))
+    found, wanted = (merged(torch.stack(members), 12) for members in (twice, once))
+    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.norm()))
+
+
+def test_of_vectors_with_full_rank_no_direction_is_left_out() -> None:
+    for vectors in (changes_of(1, (12, 7))[0], changes_of(1, (6, 20))[0]):
+        left, _, right = svd(vectors)
+        assert torch.equal(nearest_orthogonal(vectors), left @ right)
+
+
+def test_directions_that_nobody_changes_stay_as_they_are() -> None:
+    left, right = (torch.linalg.qr(one)[0] for one in changes_of(2, (4, 4)))
+    change = left @ torch.diag(torch.tensor([4.0, 2.0, 0.0, 0.0])) @ right
+    both = torch.stack([change, change])
+    # The mean of 4 and 2, and of 8 and 4; after two common directions no member has one of its own.
+    for found, mean in ((isotropic(change), 3.0), (common_and_own(both, 0.5), 6.0)):
+        wanted = torch.diag(torch.tensor([mean, mean, 0.0, 0.0]))
+        assert torch.allclose(left.T @ found @ right.T, wanted, atol=1e-5)
+    for nothing in (isotropic(0 * change), common_and_own(0 * both, 0.5), merged(0 * both, 4)):
+        assert not nothing.any()
 
 
 def test_common_directions_come_first_and_each_task_adds_its_own() -> None:
