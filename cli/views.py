@@ -84,10 +84,16 @@ def _model_status(
         "accepted": {check: one.to_json() for check, one in model.facts.accepted.items()},
         "shortfall": shortfall(facts.recovery),
         "needed_tensors": needed_tensors(model.facts),
+        "localizer": facts.localizer,
         "density": facts.density,
         "delta_bytes": facts.delta_bytes,
         "newer_mask": newer
-        and {"density": newer.density, "delta_bytes": newer.delta_bytes, "mask": model.mask},
+        and {
+            "localizer": newer.localizer,
+            "density": newer.density,
+            "delta_bytes": newer.delta_bytes,
+            "mask": model.mask,
+        },
         "merged": None if result is None else result.merged,
         "normalized": None if result is None else result.normalized,
         "notes": [] if result is None else list(result.notes),

@@ -37,7 +37,7 @@ from restitch.registry.ledger.line_state import (
     ModelKey,
     ModelVersion,
 )
-from restitch.registry.ledger.measurements import compared
+from restitch.registry.ledger.measurements import compared, keeps_subspace
 from restitch.registry.ledger.records import Kind
 from restitch.registry.ledger.references import STATISTIC
 from restitch.registry.specs.task import TaskSpec
@@ -390,7 +390,8 @@ def _join(
         known = facts.model_copy(update=kept)
         return judge(ledger, line, line_state, key, known)
 
-    reason = f"{key}: {delta.kept} of {delta.coordinates} coordinates"
+    of = "numbers for" if keeps_subspace(delta.localizer) else "of"
+    reason = f"{key}: {delta.kept} {of} {delta.coordinates} coordinates"
     digests = {"mask": delta.mask, "delta": delta.blob}
     digests |= {f"{STATISTIC}{kind}": each.blob for kind, each in statistics.items()}
     changes = {"mask": delta.mask, "delta": delta.blob}

@@ -18,6 +18,7 @@ from restitch.cli.render.formats import (
 from restitch.cli.render.lines import of_specialists, paused, remerged, results
 from restitch.merging.errors import counted
 from restitch.registry.gates.gate import GateOutcome
+from restitch.registry.ledger.measurements import density_word
 from restitch.registry.specs.in_words import changed, setting
 
 
@@ -117,7 +118,9 @@ def show(result: Values, out: Console) -> None:
 def _members(result: Values, out: Console) -> None:
     """The members of a version: their masks, the cost of finding them, and their sources."""
     weighed = any("statistics_seconds" in member["facts"] for member in result.values())
-    columns = ["member", "version", "density", "delta", "seconds"]
+    localizers = (member["facts"].get("localizer") for member in result.values())
+    keeps = density_word(next(localizers, None))
+    columns = ["member", "version", keeps, "delta", "seconds"]
     columns += ["statistics", "seconds"] if weighed else []
     rows = []
     for task, member in result.items():

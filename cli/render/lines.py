@@ -16,6 +16,7 @@ from restitch.cli.render.formats import (
     write,
 )
 from restitch.registry.ledger.line_state import Pause
+from restitch.registry.ledger.measurements import density_word, keeps_subspace
 from restitch.registry.specs.in_words import changed, setting
 
 MOST_LINES = 10  # of one model's reason
@@ -89,7 +90,8 @@ def _line(line: Values, out: Console) -> None:
         write(out, f"  {paused(line['line'], line['paused'])}", "yellow")
     if line["specialists"] is not None:
         write(out, f"  {of_specialists(line['specialists'])}")
-    columns = ("task", "version", "state", "gain", "in champion", "density", "delta", "merged")
+    keeps = density_word(next((m["localizer"] for m in line["models"] if m["localizer"]), None))
+    columns = ("task", "version", "state", "gain", "in champion", keeps, "delta", "merged")
     rows = [
         (
             *(model["task"], model["version"], model["state"], _gain(model)),
@@ -104,8 +106,10 @@ def _line(line: Values, out: Console) -> None:
     for model in line["models"]:
         name = f"{model['task']} {model['version']}"
         if model["newer_mask"] is not None:
-            newer = percent(model["newer_mask"]["density"])
-            write(out, f"  {name}: the next merge takes its newer mask, density {newer}")
+            newer = model["newer_mask"]
+            what = "subspace" if keeps_subspace(newer["localizer"]) else "mask"
+            share = f"{density_word(newer['localizer'])} {percent(newer['density'])}"
+            write(out, f"  {name}: the next merge takes its newer {what}, {share}")
         for check, one in model["accepted"].items():
             write(out, f"  {name}: {check} accepted by {one['by']}: {one['reason']}")
         if model["unexpected"] is not None:

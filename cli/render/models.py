@@ -17,7 +17,13 @@ from restitch.cli.render.formats import (
 from restitch.cli.render.lines import paused, remerged, results
 from restitch.flows.promotion.lost_skill import needed_tensors
 from restitch.registry.ledger.line_state import ModelFacts
-from restitch.registry.ledger.measurements import Gain, ResultRef, compared, unexpected
+from restitch.registry.ledger.measurements import (
+    Gain,
+    ResultRef,
+    compared,
+    keeps_subspace,
+    unexpected,
+)
 
 _VERDICTS = {
     "better": "better than the base",
@@ -149,9 +155,10 @@ def _facts(facts: Values, notes: Sequence[str], out: Console) -> None:
     statistics = ""
     if "statistics" in facts:
         statistics = f" {' and '.join(facts['statistics'])} {size(facts['statistics_bytes'])},"
+    of = "numbers for" if keeps_subspace(facts["localizer"]) else "of"
     write(
         out,
-        f"  {facts['localizer']}: {facts['kept']:,} of {facts['coordinates']:,} weights"
+        f"  {facts['localizer']}: {facts['kept']:,} {of} {facts['coordinates']:,} weights"
         f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},{statistics}"
         f" {facts['outside_share']:.1%} of the change is outside of the localizable tensors",
     )

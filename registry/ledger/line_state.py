@@ -127,8 +127,8 @@ class MemberFacts(Record):
 
     Attributes:
         localizer: the name and version of the localizer, for instance `dataless/1`.
-        density: the fraction of localizable coordinates in the mask.
-        kept: the number of coordinates in the mask.
+        density: `kept` per localizable coordinate.
+        kept: the number of coordinates in the mask, or of the numbers that a subspace stores.
         coordinates: the number of localizable coordinates.
         delta_bytes: the size of the sparse delta.
         outside_share: the share of the finetuning's squared norm outside of the localizable

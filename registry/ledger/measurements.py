@@ -52,6 +52,16 @@ class Gain(Record):
     p_value: float
 
 
+def keeps_subspace(localizer: str | None) -> bool:
+    """True if a delta is a subspace, by the name and version of its localizer."""
+    return localizer is not None and localizer.startswith("subspace/")
+
+
+def density_word(localizer: str | None) -> str:
+    """The word for how much a delta keeps, per localizable coordinate."""
+    return "numbers per weight" if keeps_subspace(localizer) else "density"
+
+
 class Acceptance(Record):
     """A person's decision to switch off a check for one model."""
 

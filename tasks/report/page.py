@@ -12,9 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.registry.gates.gate import GateOutcome
-from restitch.registry.ledger.measurements import shortfall
+from restitch.registry.ledger.measurements import keeps_subspace, shortfall
 from restitch.registry.specs.metric import METRICS
 from restitch.tasks.report.drawing import Plot, drawing, to_file, to_svg
 from restitch.tasks.report.mask_plots import (
@@ -150,8 +149,7 @@ def _all_is_kept(analysis: Mapping[str, Any] | None) -> bool:
 
 def _keeps_subspaces(members: Mapping[str, Any]) -> bool:
     """True if the members' deltas are subspaces."""
-    names = [str(member["facts"].get("localizer")) for member in members.values()]
-    return any(name.startswith(f"{SUBSPACE}/") for name in names)
+    return any(keeps_subspace(member["facts"].get("localizer")) for member in members.values())
 
 
 def _closest_pairs(analysis: Mapping[str, Any] | None) -> list[tuple[int, int]]:

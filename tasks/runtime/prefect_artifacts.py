@@ -19,6 +19,7 @@ from restitch.registry.ledger.measurements import (
     ResultRef,
     compared,
     decisions,
+    density_word,
     unexpected,
 )
 from restitch.tasks.runtime.console import Reporter
@@ -40,7 +41,10 @@ def show_onboarded(outcome: Mapping[str, Any]) -> None:
     if "density" in facts:
         rows += [
             ("localizer", facts["localizer"]),
-            ("density", f"{facts['density']:.4%} ({facts['kept']} of {facts['coordinates']})"),
+            (
+                density_word(facts["localizer"]),
+                f"{facts['density']:.4%} ({facts['kept']} of {facts['coordinates']})",
+            ),
             ("delta", f"{facts['delta_bytes']} bytes"),
             ("change outside of localizable tensors", f"{facts['outside_share']:.2%}"),
         ]

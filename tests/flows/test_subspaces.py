@@ -1,5 +1,6 @@
 """Lines that keep subspaces instead of masks, through the command line."""
 
+import re
 from collections.abc import Iterator
 from html import unescape
 from itertools import permutations
@@ -79,7 +80,12 @@ def test_a_line_of_subspaces_is_verified_rebuilt_and_analyzed(
     init(shell, world, tmp_path)
     for task in SKILLS[:2]:
         file = with_splits(world, tmp_path / task, task)
-        shell("register", "demo", "--task", file, "--model", world.model(task))
+        done = shell("register", "demo", "--task", file, "--model", world.model(task))
+        assert re.search(r"[\d,]+ numbers for [\d,]+ weights", done.out)
+    for command in ("status", "show"):
+        told = shell(command, "demo").out
+        assert "numbers" in told
+        assert "density" not in told
     shown = shell.json("show", "demo")
     facts = shown["members"][SKILLS[0]]["facts"]
     assert facts["localizer"] == "subspace/1"
