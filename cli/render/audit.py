@@ -283,7 +283,8 @@ def all_verified(result: Values, out: Console) -> None:
     write(out, f"  {store['objects']} objects ({size(store['bytes'])})")
     write(out, f"  {store['compared']} of them compared with their digests")
     if store["mlflow"]:
-        write(out, f"  MLflow compared with the lines {', '.join(store['mlflow'])}")
+        names = ", ".join(store["mlflow"])
+        write(out, f"  MLflow compared with the lines {names}; weights there: presence, not bytes")
     for one in store["damaged"]:
         _damaged(one, out)
     if store["orphans"]:

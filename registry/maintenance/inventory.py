@@ -38,6 +38,8 @@ from restitch.registry.store.base import Listed, NotInStore, Store
 from restitch.registry.store.format import MARKER
 from restitch.registry.store.objects import KeyRecord, ObjectStore, parsed, verified
 
+# What the names of objects begin with.
+_KINDS = ("audit", "blobs", "keys", "lines", "attempts", "leases", "offers", "models", "gc", MARKER)
 # Kinds of small results that are looked up by their inputs, so no reference shows their use.
 _KEPT_KEYS = ("head", "rows", "analysis", SPECIALISTS)
 # Kinds of pieces of work that a process offers to others, which it needs until all are there.
@@ -117,8 +119,7 @@ def take_inventory(
     if assumed is not None:
         inventory.line_states[assumed.line] = assumed
     inventory.listed = {each.name: each for each in store.details()}
-    kinds = ("audit", "blobs", "keys", "lines", "attempts", "leases", "offers", "gc", MARKER)
-    inventory.unknown = [name for name in inventory.listed if name.split("/")[0] not in kinds]
+    inventory.unknown = [name for name in inventory.listed if name.split("/")[0] not in _KINDS]
     for line, line_state in inventory.line_states.items():
         inventory.trails[line] = _trail(inventory, objects, line_state)
         inventory.refer(of_line_state(line_state))

@@ -212,4 +212,4 @@ def test_with_a_bucket_the_source_is_the_model_in_the_bucket(
         model = mlflow.pyfunc.load_model("models:/demo/1")
         found = model.predict(pd.DataFrame({"text": ["one"]}), params={"task": "colour"})
         assert found["label"][0] in ("red", "green", "blue")
-        shell("verify", "--deep")
+        assert shell.json("verify", "--deep")["store"]["notes"] == []
