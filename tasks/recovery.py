@@ -4,6 +4,10 @@ The target is a promise: it must not lie above the one-sided 95 % lower bound of
 recovers on the validation rows, which are compared row by row. If no delta reaches it, the largest
 is taken, and the record has the shortfall. Neither test rows nor calibration rows are used. The
 record keeps every delta that was tried.
+
+The bound is not corrected for the number of deltas that are tried. If rows stay right when more is
+kept, the bisection chooses as a walk from the largest down to the first failure does: a fixed
+sequence of tests, which needs no correction. See the page about registering for the other case.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,12 +1,15 @@
 """Whether two models differ on the same rows, by hand and against slow oracles."""
 
 import math
+import random
+from itertools import takewhile
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from restitch.merging.numerics.bisection import smallest
 from restitch.modeling.significance import (
     compare_right,
     right_ratio_bound,
@@ -110,6 +113,25 @@ def test_the_bound_lies_between_the_interval_and_the_ratio(pairs: list[tuple[boo
     assert (interval is None) == (bound is None)
     if interval is not None and bound is not None:
         assert interval[0] < bound < other.sum() / one.sum()
+
+
+@given(
+    right=st.lists(st.booleans(), min_size=1, max_size=60).filter(any),
+    draw=st.randoms(use_true_random=False),
+    target=st.floats(0.05, 1.0),
+)
+def test_if_rows_stay_right_bisection_is_a_walk_down_to_the_first_failure(
+    right: list[bool], draw: random.Random, target: float
+) -> None:
+    whole = np.array(right)
+    # Each row is right from some step on, if the whole model has it right.
+    since = np.array([draw.randrange(12) for _ in right])
+
+    def supports(step: int) -> bool:
+        return (right_ratio_bound(whole, whole & (since <= step)) or 0.0) >= target
+
+    walk = list(takewhile(supports, range(11, -1, -1)))
+    assert smallest(range(12), supports) == (walk[-1] if walk else None)
 
 
 def test_a_ratio_without_right_rows_has_no_interval() -> None:
