@@ -318,7 +318,8 @@ def measure_member(
 
 
 def _without_gain(gain: Gain, accepted: Mapping[str, Acceptance]) -> str:
-    note = f"the finetuned model is {gain.verdict} than the base, so there is no normalized value"
+    gained = "not significantly better" if gain.verdict == "not better" else "significantly worse"
+    note = f"the finetuned model is {gained} than the base, so there is no normalized value"
     return f"{note}; {decisions(accepted)}" if accepted else note
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from restitch.registry.gates.gate import Fraction, Gate, GateOutcome, Measured, NotMeasured
 
+_NO_GAIN = ", but its finetuned model is not significantly better than the base"
+
 
 class MinNormalized(Gate):
     """The least accuracy of a joining task, over that of its finetuned model."""
@@ -19,6 +21,5 @@ class MinNormalized(Gate):
         """Check every joining task."""
         for task in sorted(measured.joining):
             value = measured.normalized.get(task, NotMeasured())
-            no_gain = task in measured.without_gain
-            remark = ", but its finetuned model is not better than the base" if no_gain else ""
+            remark = _NO_GAIN if task in measured.without_gain else ""
             yield self.outcome(limit, value, task, task=task, remark=remark)

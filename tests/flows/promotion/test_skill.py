@@ -149,7 +149,7 @@ def test_a_person_admits_a_model_and_the_trail_keeps_why(
     assert shown["members"]["colour"]["facts"]["accepted"][NO_GAIN]["reason"] == ACCEPT[-1]
     (gate,) = shown["gates"]
     assert gate["passed"]
-    assert "not better than the base" in gate["note"]
+    assert "not significantly better than the base" in gate["note"]
     assert "worse than base" in line("show", "demo").out
     assert ACCEPT[-1] in line("status", "demo").out
     line.check_settled()
