@@ -22,6 +22,7 @@ from restitch.flows.promotion.what_if import WhatIf, prepare
 from restitch.flows.research.experts import SpecialistMeasurements, measure_specialists
 from restitch.flows.research.study_output import StudyOutcome, publish_study
 from restitch.merging.errors import BadInput
+from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.ledger.records import mean_of
 from restitch.registry.mlflow.projection import StudyPart
@@ -180,6 +181,8 @@ def _quality(row: MethodResult, value: str) -> float:
 def _describe(ready: WhatIf, method: Method) -> dict[str, Any]:
     """The fields of a result that do not depend on the method's kind."""
     deltas = "whole task vectors" if method.whole else "sparse deltas"
+    if ready.line.spec.localize.mode == SUBSPACE:
+        deltas = "subspaces"
     return {
         "method": method.name,
         "version": method.version,

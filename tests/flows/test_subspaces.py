@@ -128,7 +128,11 @@ def test_compare_runs_methods_on_the_subspaces_and_on_masks(
         shell("register", "demo", "--task", file, "--model", world.model(task))
     methods = "tsv-m,task-arithmetic,localize-and-stitch"
     rows = shell.json("compare", "demo", "--methods", methods)["methods"]
-    assert {row["method"] for row in rows} == set(methods.split(","))
+    assert {row["method"]: row["needs"] for row in rows} == {
+        "tsv-m": "subspaces",
+        "task-arithmetic": "subspaces",
+        "localize-and-stitch": "sparse deltas",
+    }
 
 
 def test_a_budget_limits_the_bytes(world: World, shell: Shell, tmp_path: Path) -> None:
