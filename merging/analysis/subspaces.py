@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from restitch.merging.analysis.masks import Matrix, cosines
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.delta import Delta
+from restitch.merging.numerics.decompositions import orthonormal
 from restitch.merging.numerics.factors import Factors
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
@@ -130,7 +130,7 @@ def squared_cosines(one: Bases, other: Bases) -> tuple[float, int]:
 def orthonormal_bases(factors: Factors) -> Bases:
     """Orthonormal bases of the column space and of the row space."""
     left, right = factors.left.double(), factors.right.double().mT
-    return torch.linalg.qr(left)[0], torch.linalg.qr(right)[0]
+    return orthonormal(left), orthonormal(right)
 
 
 def _dot(one: Factors | Tensor, other: Factors | Tensor) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from restitch.merging.files.factor_file import FactorFile, FactorTensor
 from restitch.merging.localize.dataless import kept_count
+from restitch.merging.numerics.decompositions import orthonormal, svd
 from restitch.merging.numerics.factors import Factors, above_rounding
 from restitch.merging.progress import Progress
 from restitch.merging.ranking.task_vector import TaskVector
@@ -142,13 +143,13 @@ def leading(matrix: Tensor, rank: int) -> Factors:
 def _leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     size = rank + _MORE
     if min(matrix.shape) < _LARGE or 4 * size > min(matrix.shape):
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        left, values, right = svd(matrix)
         return left[:, :rank], values[:rank], right[:rank]
     generator = torch.Generator().manual_seed(_SEED)
     probe = torch.randn(matrix.shape[1], size, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ probe)[0]
+    basis = orthonormal(matrix @ probe)
     for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(matrix.mT @ basis)[0]
-        basis = torch.linalg.qr(matrix @ basis)[0]
-    small, values, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+        basis = orthonormal(matrix.mT @ basis)
+        basis = orthonormal(matrix @ basis)
+    small, values, right = svd(basis.mT @ matrix)
     return (basis @ small)[:, :rank], values[:rank], right[:rank]

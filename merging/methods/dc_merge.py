@@ -25,7 +25,7 @@ SCALES = (0.6, 0.8, 1.0, 1.2, 1.6, 2.0, 2.4, 2.8, 3.2, 4.0, 5.0)
 
 @method(
     name="dc-merge",
-    version=1,
+    version=2,
     source="Zhang et al., DC-Merge, CVPR 2026, arXiv 2603.06242",
     exact=False,
     whole=True,

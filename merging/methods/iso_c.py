@@ -4,9 +4,10 @@ from torch import Tensor
 
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
+from restitch.merging.numerics.decompositions import svd
 from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.per_matrix import PerMatrix, svd
+from restitch.merging.rules.per_matrix import PerMatrix
 from restitch.merging.rules.settings import check_range
 
 # From below the best values of the paper on CLIP (0.9 to 1.9) to far above them: a model with 384

@@ -6,9 +6,10 @@ from torch import Tensor
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.iso_c import SCALES, mean_of
 from restitch.merging.methods.registry import method
+from restitch.merging.numerics.decompositions import svd
 from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
+from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal
 from restitch.merging.rules.settings import check_range
 
 

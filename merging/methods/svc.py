@@ -13,10 +13,11 @@ from torch import Tensor
 from restitch.merging.errors import BadInput
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import Method, get_method, method, method_names
+from restitch.merging.numerics.decompositions import svd
 from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
+from restitch.merging.rules.per_matrix import Matrix, PerMatrix
 from restitch.merging.rules.settings import LARGE_COEFFICIENTS, check_range
 
 NAME = "svc"
@@ -32,7 +33,7 @@ _LEAN = 1e-2
 
 @method(
     name=NAME,
-    version=1,
+    version=2,
     source="Li et al., When shared knowledge hurts, 2026, arXiv 2602.05536",
     exact=False,
     whole=True,

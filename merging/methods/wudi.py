@@ -17,7 +17,7 @@ from restitch.merging.rules.settings import check_range
 
 @method(
     name="wudi",
-    version=1,
+    version=2,
     source="Cheng et al., Whoever started the interference should end it, ICML 2025, "
     "arXiv 2503.08099",
     exact=False,

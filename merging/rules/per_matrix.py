@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from restitch.merging.numerics.bitwise import as_integers
+from restitch.merging.numerics.decompositions import orthonormal, svd
 from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.numerics.rounding import cast, round_once
 from restitch.merging.order import by_bytes
@@ -136,9 +137,7 @@ class PerMatrix:
             return None
         lefts = [each.left.float().to(self._device) for each in factors]
         rights = [each.right.float().to(self._device) for each in factors]
-        core = Core(
-            torch.linalg.qr(torch.cat(lefts, 1))[0], torch.linalg.qr(torch.cat(rights).mT)[0].mT
-        )
+        core = Core(orthonormal(torch.cat(lefts, 1)), orthonormal(torch.cat(rights).mT).mT)
         changes = torch.stack(
             [
                 each.scale * (core.left.mT @ left) @ (right @ core.right.mT)
@@ -159,9 +158,3 @@ def nearest_orthogonal(vectors: Tensor) -> Tensor:
     """
     left, values, right = svd(vectors)
     return (left * above_rounding(values, max(vectors.shape))) @ right
-
-
-def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors as columns, singular values in falling order, right vectors as rows."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left, values, right

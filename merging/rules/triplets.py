@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from restitch.merging.localize.subspace import kept_rank
+from restitch.merging.numerics.decompositions import svd
 from restitch.merging.numerics.factors import above_rounding
-from restitch.merging.rules.per_matrix import svd
 from restitch.merging.rules.settings import bad_setting
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.dc_merge import merged
 from restitch.merging.methods.registry import get_method
-from restitch.merging.rules.per_matrix import svd
+from restitch.merging.numerics.decompositions import svd
 from tests import tiny
 from tests.merging.rules.test_per_matrix import Matrix, changes_of, orthogonal
 

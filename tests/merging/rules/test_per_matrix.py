@@ -22,8 +22,9 @@ from restitch.merging.methods.registry import get_method
 from restitch.merging.methods.regmean import solved
 from restitch.merging.methods.tsv_m import merged
 from restitch.merging.methods.wudi import minimized
+from restitch.merging.numerics.decompositions import svd
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.per_matrix import PerMatrix, computing_on, nearest_orthogonal, svd
+from restitch.merging.rules.per_matrix import PerMatrix, computing_on, nearest_orthogonal
 from restitch.merging.rules.stitch import DeltaMember, sparse_delta
 from tests import tiny
 
