@@ -6,6 +6,8 @@ document and nothing else. Functions import the heavy libraries that they need, 
 arguments were checked: help, mistakes, `status`, `history` and `show` never wait for torch.
 """
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from typer._click import Command
 
 INTERRUPTED = 130
+_OBJECTS_PER_COLLECTION = 10_000
 
 # `restitch --help` shows the panels and commands in this order.
 PANELS = {
@@ -167,8 +170,15 @@ def command() -> "Command":
     return typer.main.get_command(app)
 
 
+def _collect_garbage_rarely() -> None:
+    """Spare the objects of imported libraries, which stay, from being searched for garbage."""
+    gc.set_threshold(_OBJECTS_PER_COLLECTION)
+    atexit.register(gc.freeze)  # the end of the process frees them all
+
+
 def main() -> None:
     """Run the command; a user's mistake is one message and an exit code, never a traceback."""
+    _collect_garbage_rarely()
     try:
         home = Home.from_environment()
         # Steps, engines and child processes need the same home in any working directory.
