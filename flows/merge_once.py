@@ -8,10 +8,9 @@ The merged weights have the same bytes as those of a line with the same models, 
 
 import json
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,10 +21,11 @@ from restitch.flows.export import write_assets
 from restitch.flows.lines.init_line import check_kept
 from restitch.flows.outcome import Outcome
 from restitch.flows.output_folder import appearing, check_free
-from restitch.merging.errors import BadInput, CannotJoin, RestitchError
+from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.files.checkpoint import FLOATING, TensorInfo
 from restitch.merging.files.delta import Delta, open_delta
 from restitch.merging.files.export import export_weights, in_type
+from restitch.merging.files.mapped_file import hashing_ahead
 from restitch.merging.files.whole_weights import WholeWeights
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.rules.per_matrix import computing_on
@@ -37,7 +37,6 @@ from restitch.modeling.pretrained import load_as_saved
 from restitch.registry.home import Home
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import resolve_source
-from restitch.registry.sources.verified import opened
 from restitch.registry.specs.files import merge_of
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.localize import LocalizeSpec
@@ -177,7 +176,8 @@ def merge(
             "dtype": dtype,
         }
     )
-    return Merge(request)
+    with hashing_ahead(request.sources):
+        return Merge(request)
 
 
 def merge_as(
@@ -198,8 +198,7 @@ def merge_as(
         out = out.expanduser().absolute()
         check_free(out, overwrite)
     with _own_store() as space:
-        with _hashing_ahead((request.base, *request.models.values())):
-            line, models = _described(request, space)
+        line, models = _described(request, space)
         checked = _checked(line, models)
         _tell(checked)
         base = open_base(line, space)
@@ -257,29 +256,6 @@ def _own_store() -> Iterator[Workspace]:
     home = workspace().home
     with tempfile.TemporaryDirectory(dir=home.scratch) as folder:
         yield Workspace(Home(root=home.root, store_url=str(Path(folder) / "store")))
-
-
-@contextmanager
-def _hashing_ahead(sources: Iterable[str]) -> Iterator[None]:
-    """Hash the models of this machine in a thread, while the others are found and code is loaded.
-
-    What cannot be read is left to the caller, who explains it.
-    """
-    ended = threading.Event()
-
-    def hash_all() -> None:
-        for source in sources:
-            with suppress(RestitchError, OSError):
-                if not ended.is_set() and Path(source).exists():
-                    opened(Path(source).resolve()).digest()
-
-    thread = threading.Thread(target=hash_all)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _described(request: MergeSpec, space: Workspace) -> tuple[LineRef, dict[str, ModelRef]]:

@@ -183,11 +183,13 @@ def merge(
         )
     if device is not None:
         os.environ["RESTITCH_DEVICE"] = device
-    from restitch.flows.merge_once import merge_as
+    from restitch.merging.files.mapped_file import hashing_ahead
 
-    show_result(
-        merge_as(request, out, overwrite=overwrite, dry_run=dry_run), as_json, render.merged_once
-    )
+    with hashing_ahead(request.sources):  # while the imports take a core
+        from restitch.flows.merge_once import merge_as
+
+        merged = merge_as(request, out, overwrite=overwrite, dry_run=dry_run)
+    show_result(merged, as_json, render.merged_once)
 
 
 def _pairs(given: list[str] | None, option: str, form: str) -> dict[str, str]:

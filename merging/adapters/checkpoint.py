@@ -25,7 +25,7 @@ from restitch.merging.adapters.names import (
     vector_name,
 )
 from restitch.merging.adapters.updates import Part, Scale, Update, low_rank, scale
-from restitch.merging.digests import canonical_json
+from restitch.merging.digests import canonical_json, digest_bytes
 from restitch.merging.errors import BadInput, shortlist
 from restitch.merging.files.checkpoint import FLOATING, Checkpoint, TensorInfo
 from restitch.merging.files.plain_weights import described, is_buffer, is_factor
@@ -237,6 +237,10 @@ class AdapterCheckpoint(Checkpoint):
         flat = self.tensor(name).view(-1)
         raw = flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
         return raw.numpy().data
+
+    def tensor_digest(self, name: str) -> str:
+        """The digest of one tensor's bytes."""
+        return digest_bytes(self.tensor_bytes(name))
 
     def listing(self, progress: Progress | None = None) -> bytes:
         """The digests of the adapter's tensors and of the base, and what its configuration says.

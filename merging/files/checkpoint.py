@@ -7,9 +7,6 @@ bytes), so it depends neither on sharding nor on file names.
 """
 
 import json
-import mmap
-import os
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, shortlist
 from restitch.merging.files.header import DTYPE_NAMES, count_elements, read_header
+from restitch.merging.files.mapped_file import MappedFile, map_file
 from restitch.merging.files.safe_open import open_regular
 from restitch.merging.files.shards import (
     INDEX_SUFFIX,
@@ -39,9 +36,6 @@ from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-# Python has a name for this flag from 3.13 on; its number is different outside of Linux.
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ class Checkpoint:
         infos: Mapping[str, TensorInfo],
         locations: Mapping[str, TensorLocation],
         files: Mapping[str, Path],
-        maps: Mapping[str, mmap.mmap],
+        maps: Mapping[str, MappedFile],
         shards: Mapping[str, tuple[str, ...]],
         metadata: Mapping[str, Mapping[str, str]],
         index: Path | None = None,
@@ -144,7 +138,7 @@ class Checkpoint:
         """
         infos: dict[str, TensorInfo] = {}
         locations: dict[str, TensorLocation] = {}
-        maps: dict[str, mmap.mmap] = {}
+        maps: dict[str, MappedFile] = {}
         shards: dict[str, tuple[str, ...]] = {}
         metadata: dict[str, dict[str, str]] = {}
         for shard, file in files.items():
@@ -161,7 +155,7 @@ class Checkpoint:
                     )
                 infos[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape)
                 locations[entry.name] = TensorLocation(shard, header.data_start + entry.begin)
-            maps[shard] = _map(file, header.size)
+            maps[shard] = map_file(file, header.size)
         if index is not None:
             _check_index(index, {name: location.shard for name, location in locations.items()})
         return cls(path, infos, locations, files, maps, shards, metadata, index, fetch, notes)
@@ -206,9 +200,11 @@ class Checkpoint:
         source = self._maps[location.shard]
         if location.start % info.dtype.itemsize:
             # A header need not be padded; torch wants elements at multiples of their size.
-            raw = bytearray(memoryview(source)[location.start : location.start + info.nbytes])
+            raw = bytearray(source.part(location.start, info.nbytes))
             return torch.frombuffer(raw, dtype=info.dtype).view(info.shape)
-        flat = torch.frombuffer(source, dtype=info.dtype, count=info.numel, offset=location.start)
+        flat = torch.frombuffer(
+            source.memory, dtype=info.dtype, count=info.numel, offset=location.start
+        )
         return flat.view(info.shape)
 
     def tensor_bytes(self, name: str) -> memoryview:
@@ -216,7 +212,7 @@ class Checkpoint:
         info, location = self._infos[name], self._locations[name]
         if self._fetch is not None:
             self._fetch(name)
-        return memoryview(self._maps[location.shard])[location.start : location.start + info.nbytes]
+        return self._maps[location.shard].part(location.start, info.nbytes)
 
     def is_known_as(self, other: "Checkpoint", name: str) -> bool:
         """True if a tensor is known to be the other checkpoint's of this name, without reading."""
@@ -262,7 +258,10 @@ class Checkpoint:
 
     def tensor_digest(self, name: str) -> str:
         """The digest of one tensor's bytes."""
-        return str(blake3(self.tensor_bytes(name)).hexdigest())
+        info, location = self._infos[name], self._locations[name]
+        if self._fetch is not None:
+            self._fetch(name)
+        return self._maps[location.shard].digest(location.start, info.nbytes)
 
     def renamed(
         self, mapping: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]] | None = None
@@ -294,27 +293,6 @@ class Checkpoint:
             self.shard_metadata,
             fetch=None if fetch is None else lambda name: fetch(back[name]),
         )
-
-
-def _map(file: Path, size: int) -> mmap.mmap:
-    # Private and writable: torch refuses read-only memory without a warning, and what a
-    # careless caller writes stays in this process. No swap is reserved for it.
-    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    try:
-        with open_regular(file) as handle:
-            # Reading beyond the end of a mapped file kills the process, so check its size.
-            if os.fstat(handle.fileno()).st_size == size:
-                return mmap.mmap(handle.fileno(), size, flags=flags, prot=protection)
-        found = "a different size"
-    except (OSError, ValueError) as error:
-        found = str(error)
-    raise BadInput(
-        f"{file} changed while it was read",
-        expected=f"{size} bytes",
-        found=found,
-        hint="try again when the file is complete and no program writes to it",
-    )
 
 
 def _locate(path: Path) -> tuple[dict[str, Path], Path | None, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from restitch.merging.errors import BadInput
+from restitch.merging.files.mapped_file import MAX_HEADER
 from restitch.merging.files.safe_open import open_regular
 
 DTYPES: dict[str, torch.dtype] = {
@@ -37,8 +38,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# The limit of the safetensors library itself.
-MAX_HEADER = 100_000_000
 _DAMAGED = "fetch or save the file again; it is damaged or incomplete"
 
 

@@ -187,7 +187,7 @@ class RemoteWeights:
     def _fill_header(self, name: str) -> None:
         """Fetch the header of a file; its reader validates it."""
         # Imported here because it imports torch, which most commands do not need.
-        from restitch.merging.files.header import MAX_HEADER
+        from restitch.merging.files.mapped_file import MAX_HEADER
 
         size, descriptor = self.folder.files[name].size, self._descriptors[name]
         first = min(size, _FIRST_READ)

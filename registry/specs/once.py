@@ -38,6 +38,11 @@ class MergeSpec(Spec):
     family: Text | None = Field(default=None, examples=["causal-lm"])
     """The family of the base; by default the one that fits."""
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The base and the models."""
+        return self.base, *self.models.values()
+
     @field_validator("method", mode="before")
     @classmethod
     def _method_name(cls, value: Any) -> Any:
