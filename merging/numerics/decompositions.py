@@ -34,7 +34,7 @@ def orthonormal(matrix: Tensor) -> Tensor:
         matrix: rows x columns.
     """
     with _few_threads(matrix):
-        basis, _ = torch.linalg.qr(matrix)
+        basis: Tensor = torch.linalg.qr(matrix)[0]
     return basis
 
 
