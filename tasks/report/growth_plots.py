@@ -41,7 +41,7 @@ def curves_plot(task: str, measured: Mapping[str, Any]) -> Plot | None:
             axes.axhline(measured[name]["value"], label=name, **line)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axes.set(xlabel="mask density", ylabel=f"grafted {measured['metric']}")
+    axes.set(xlabel="numbers kept per weight", ylabel=f"grafted {measured['metric']}")
     _finish(axes)
     values = "; ".join(
         f"{name} from {number(float(c['points'][0]['value']))} "

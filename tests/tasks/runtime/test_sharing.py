@@ -117,7 +117,7 @@ def test_long_work_is_offered_and_each_piece_is_done_once(
                 mine.do(number)
             if number == 0:
                 while not theirs.done:  # it is long work
-                    pass
+                    time.sleep(0.001)
     helper.join()
     assert sorted(seen) == list(range(20))
     assert sorted(mine.done + theirs.done) == list(range(20))
@@ -211,7 +211,7 @@ def test_work_that_fails_is_withdrawn(space: Workspace, monkeypatch: pytest.Monk
         with sharing(space, work) as turns:
             for _ in turns:
                 while not offers(store):
-                    pass
+                    time.sleep(0.001)
                 raise Unavailable("the disk is full")
 
     with pytest.raises(Unavailable, match="the disk is full"):
@@ -248,7 +248,7 @@ def test_as_many_workers_are_asked_as_can_help(
     with sharing(space, pieces.work) as turns:
         for number in turns:
             while len(server.bodies(CALLED)) < asked:
-                pass
+                time.sleep(0.001)
             pieces.do(number)
     parameters = {"line": "demo", "offer": pieces.work.identity}
     bodies = server.bodies(CALLED)
@@ -268,7 +268,7 @@ def test_without_a_deployment_of_helpers_the_work_is_done_here(
     with sharing(space, pieces.work) as turns:
         for number in turns:
             while not server.requests:
-                pass
+                time.sleep(0.001)
             pieces.do(number)
     assert pieces.done == [0, 1, 2]
     assert not server.bodies(CALLED)
@@ -287,7 +287,7 @@ def test_a_server_that_is_away_is_a_warning(
     with sharing(space, pieces.work) as turns:
         for number in turns:
             while "no worker is asked to help" not in caplog.text:
-                pass
+                time.sleep(0.001)
             pieces.do(number)
     assert pieces.done == [0, 1, 2]
 
