@@ -259,6 +259,7 @@ def main() -> None:
     console = Console()
     with tempfile.TemporaryDirectory(prefix="restitch-mergekit-") as name:
         folder = arguments.work or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         costs = measure(folder, arguments.program, arguments.params, console)
     show(costs, console)
     if arguments.json:
