@@ -3,9 +3,10 @@
 A `Cut` decides for any range of a tensor which coordinates are among the k largest, with ties to
 the lower coordinate. `top_k` stores a list of them instead; a `Cut` is cheaper if k is a large
 share of a model. A sample gives a bracket that almost surely contains the k-th score. One pass
-counts the scores above the bracket and, value by value, those inside. If only some of the equal
-scores are kept, a second pass finds the last of them. Scores must not be negative; a score of 0
-is never among the largest.
+counts the scores above the bracket and, value by value, those inside. Differences of 16-bit weights
+take few values, so the most frequent one is not collected but only counted. If only some of the
+equal scores are kept, a second pass finds the last of them. Scores must not be negative; a score
+of 0 is never among the largest.
 """
 
 import math
@@ -87,8 +88,8 @@ def kth_largest(scores: Scores, k: int) -> Cut:
     """
     if k <= 0:
         return Cut(math.inf)
-    for low, high in _brackets(scores, k):
-        above, tallies = _count(scores, low, high)
+    for bracket in _brackets(scores, k):
+        above, tallies = _count(scores, bracket)
         values, counts = _merge_tallies(tallies)
         if above < k <= above + int(counts.sum()):
             break
@@ -103,8 +104,17 @@ def kth_largest(scores: Scores, k: int) -> Cut:
     return _cut_ties(scores, tallies, value, int(counts[::-1][at]) - beyond)
 
 
-def _brackets(scores: Scores, k: int) -> Iterator[tuple[float, float]]:
-    """Ranges (low, high] to search for the k-th score, which together cover all positive ones."""
+@dataclass(frozen=True)
+class _Bracket:
+    """The scores above `low` up to `high`, `frequent` of which is probably the most frequent."""
+
+    low: float
+    high: float
+    frequent: float
+
+
+def _brackets(scores: Scores, k: int) -> Iterator[_Bracket]:
+    """Brackets to search for the k-th score, which together cover all positive ones."""
     total = sum(scores.numel(name) for name in scores.names)
     # Of a single tensor a smaller sample leaves no more to count than it saves to select.
     size = min(SAMPLE, max(total >> 7, 1 << 14))
@@ -122,13 +132,18 @@ def _brackets(scores: Scores, k: int) -> Iterator[tuple[float, float]]:
     if low < high:
         # One step lower, so that the low value itself is inside the range.
         low = max(float(np.nextafter(sample.dtype.type(low), -np.inf)), 0.0)
-        yield low, high
+        yield _bracket(sample, low, high)
         if high < math.inf:
-            yield high, math.inf
+            yield _bracket(sample, high, math.inf)
         if low > 0:
-            yield 0.0, low
+            yield _bracket(sample, 0.0, low)
     else:
-        yield 0.0, math.inf
+        yield _bracket(sample, 0.0, math.inf)
+
+
+def _bracket(sample: Floats, low: float, high: float) -> _Bracket:
+    values, counts = np.unique(sample[(sample > low) & (sample <= high)], return_counts=True)
+    return _Bracket(low, high, float(values[counts.argmax()]) if len(values) else high)
 
 
 @dataclass(frozen=True)
@@ -146,24 +161,29 @@ class _Tally:
         return int(self.counts[at]) if at < len(self.values) and self.values[at] == value else 0
 
 
-def _count(scores: Scores, low: float, high: float) -> tuple[int, list[_Tally]]:
+def _count(scores: Scores, bracket: _Bracket) -> tuple[int, list[_Tally]]:
     """The number of scores above a bracket, and the tallies of those inside it, in order."""
 
     def count_tensor(name: str) -> tuple[int, list[_Tally]]:
-        above = start = done = 0
+        above = start = done = equal = 0
         inside: list[Floats] = []
         tallies = []
         for chunk in scores.chunks(name):
             array = chunk.numpy()
-            over, in_bracket = array > high, array > low
+            over, in_bracket = array > bracket.high, array > bracket.low
             above += int(np.count_nonzero(over))
             in_bracket ^= over
+            frequent = array == bracket.frequent
+            equal += int(np.count_nonzero(frequent))
+            in_bracket ^= frequent
             inside.append(array[true_positions(in_bracket)])
             done += len(array)
             if done - start >= _RANGE or done == scores.numel(name):
                 values, counts = np.unique(np.concatenate(inside), return_counts=True)
-                tallies.append(_Tally(name, start, values, counts))
-                start = done
+                at = int(np.searchsorted(values, bracket.frequent))
+                values = np.insert(values, at, bracket.frequent)
+                tallies.append(_Tally(name, start, values, np.insert(counts, at, equal)))
+                start, equal = done, 0
                 inside.clear()
         return above, tallies
 

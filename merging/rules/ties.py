@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+import torch
 
 from restitch.merging.localize.dataless import kept_count
+from restitch.merging.numerics.rounding import SERIAL
 from restitch.merging.ranking.member_vector import MemberVector
 from restitch.merging.ranking.quantile import Cut, kth_largest
 from restitch.merging.ranking.top_k import Scores
@@ -82,12 +84,13 @@ def disjoint_merge(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floa
     for _, vector in vectors:
         bits = vector.view(integers)
         bits ^= signs
-        np.maximum(vector, 0, out=vector)
+        for piece in torch.split(torch.from_numpy(vector), SERIAL):
+            torch.relu_(piece)  # numpy's maximum with a scalar takes six times as long
         owners += (vector > 0).view(np.uint8)
         turned.append(vector)
     merged = sum_arrays(turned, reuse=True)
     if mean:
-        np.maximum(owners, 1, out=owners)
+        owners |= (owners == 0).view(np.uint8)
         merged /= owners.astype(merged.dtype)
     bits = merged.view(integers)
     bits ^= signs
