@@ -220,7 +220,7 @@ def diff(result: Values, out: Console) -> None:
     write(out, f"  {differ:,} weights differ, of {touched:,} in the tensors touched")
     for kind in ("layer", "component"):
         if counts := weights[f"by_{kind}"]:
-            write(out, f"  by {kind}: {', '.join(f'{name} {n:,}' for name, n in counts.items())}")
+            write(out, f"  by {kind}: {'; '.join(f'{name}: {n:,}' for name, n in counts.items())}")
 
 
 def why(result: Values, out: Console) -> None:

@@ -25,14 +25,7 @@ def find_version(line_state: LineState, text: str, *, purged: bool = False) -> i
     else:
         raise BadInput(f"{text!r} is not a version", expected="a number, `champion` or `candidate`")
     if version is None:
-        known = ", ".join(map(str, sorted(line_state.versions))) or "none"
-        roles = f"champion: {line_state.champion}; candidate: {line_state.candidate}"
-        raise BadInput(
-            f"line {line_state.line} has no version {text}",
-            expected="an existing version",
-            found=f"versions: {known}; {roles}",
-            hint=f"see `restitch history {line_state.line}`",
-        )
+        raise _no_version(line_state, text)
     if version in line_state.purged and not purged:
         raise BadInput(
             f"version {version} of line {line_state.line} was purged {line_state.purged[version]}",
@@ -41,3 +34,22 @@ def find_version(line_state: LineState, text: str, *, purged: bool = False) -> i
             hint=f"see `restitch history {line_state.line} --versions` for the other versions",
         )
     return version
+
+
+def _no_version(line_state: LineState, text: str) -> BadInput:
+    line, newest = line_state.line, line_state.newest
+    wanted = f"version {text}" if text.isdigit() else text
+    roles = "; ".join(
+        f"the {role} is version {number}" if number else f"no {role}"
+        for role, number in (
+            ("champion", line_state.champion),
+            ("candidate", line_state.candidate),
+        )
+    )
+    return BadInput(
+        f"line {line} has no {wanted}",
+        found=f"versions 1 to {newest}; {roles}" if newest else "no merged version yet",
+        hint=f"see `restitch history {line} --versions`"
+        if newest
+        else f"register a model; `restitch status {line}` shows what became of those that were",
+    )

@@ -166,9 +166,10 @@ def _hub_explained(name: str, revision: str) -> Iterator[None]:
         errors.XetDownloadError,
     ) as error:
         raise Unavailable(
-            f"cannot read {name} at {revision} from the hub",
+            f"{name} is not a local path, and {revision} of it on the hub cannot be read",
             found=first_line(error),
-            hint="check the network and HF_ENDPOINT and run the command again, or use a local copy",
+            hint="for a local path, check its spelling; for a name on the hub, check the network "
+            "and HF_ENDPOINT and run the command again, or use a local copy",
         ) from None
 
 

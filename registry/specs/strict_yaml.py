@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from restitch.merging.errors import BadInput
 from restitch.merging.files.safe_open import open_regular
+from restitch.registry.redaction import first_line
 
 MAX_BYTES = 1 << 20
 _MAX_VALUES = 50_000
@@ -101,7 +102,7 @@ def read_text(path: Path, what: str, limit: int = MAX_BYTES) -> str:
         raise BadInput(
             f"{what} {path} cannot be read",
             found=error.strerror,
-            hint="check the path; relative paths in a file are relative to that file",
+            hint=f"check the path: it means {path.absolute()}",
         ) from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{what} {path} is not UTF-8 text", found=str(error)) from error
@@ -123,7 +124,7 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
     except _RefusedError as error:
         raise BadInput(f"{origin} cannot be used", details=[str(error)]) from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise BadInput(f"{origin} is not valid YAML", details=str(error).splitlines()) from error
+        raise BadInput(f"{origin} is not valid YAML", details=[_yaml_problem(error)]) from error
     except RecursionError as error:
         raise BadInput(f"{origin} is nested too deeply") from error
     if not isinstance(value, dict):
@@ -133,6 +134,15 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
             found="nothing" if value is None else f"a {type(value).__name__}",
         )
     return value
+
+
+def _yaml_problem(error: Exception) -> str:
+    """The problem and its place, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return first_line(error)
+    mark = error.problem_mark
+    text = (mark.get_snippet(indent=0) or "").partition("\n")[0].strip()
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}: {text}"
 
 
 def checked(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:

@@ -230,6 +230,8 @@ def test_diff_compares_members_and_results_and_tests_each_difference(lived: Shel
     table = plain(lived("diff", "demo", 2, 3).out)
     assert "replaced: colour 1 -> 2" in table
     assert f"{found['weights']['differ']:,} weights differ" in table
+    for layer, count in found["weights"]["by_layer"].items():
+        assert f"{layer}: {count:,}" in table
 
 
 def test_diff_counts_the_weights_that_differ(lived: Shell, tmp_path: Path) -> None:

@@ -203,6 +203,9 @@ class TestHub:
         for source in ("org/model", f"org/model@{sha}"):
             with pytest.raises(Unavailable, match="HF_ENDPOINT"):
                 resolve_source(source, home)
+        # A mistyped folder has the form of a hub id.
+        with pytest.raises(Unavailable, match="models/bse is not a local path"):
+            resolve_source("models/bse", home)
 
     def test_data_is_pinned_with_its_configuration(self, hub):
         sha = hub.commit("org/data", {"train.csv": b"a\n1\n"}, kind="datasets")

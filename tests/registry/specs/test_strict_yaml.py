@@ -95,6 +95,20 @@ def test_broken_yaml_is_refused(text):
     assert "not valid YAML" in refused(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: c: d", "line 2, column 5: mapping values are not allowed here: b: c: d"),
+        ("a: 1\n\tb: 2", "line 2, column 1: found character"),
+        ("a: [1, 2", "line 1, column 9: expected ',' or ']', but got '<stream end>'"),
+    ],
+)
+def test_broken_yaml_is_refused_with_its_place_in_one_line(text, problem):
+    found = refused(text)
+    assert problem in found
+    assert len(found.splitlines()) == 2
+
+
 def test_a_file_is_read_whole_or_refused(tmp_path):
     file = tmp_path / "line.yaml"
     for content, part in (
@@ -104,7 +118,7 @@ def test_a_file_is_read_whole_or_refused(tmp_path):
         file.write_bytes(content)
         with pytest.raises(BadInput, match=part):
             read_text(file, "line file")
-    with pytest.raises(BadInput, match="No such file"):
+    with pytest.raises(BadInput, match=f"No such file[^$]*it means {tmp_path / 'gone'}"):
         read_text(tmp_path / "gone", "line file")
     with pytest.raises(BadInput, match="directory"):
         read_text(tmp_path, "line file")
