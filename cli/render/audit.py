@@ -284,7 +284,8 @@ def all_verified(result: Values, out: Console) -> None:
     write(out, f"  {store['compared']} of them compared with their digests")
     if store["mlflow"]:
         names = ", ".join(store["mlflow"])
-        write(out, f"  MLflow compared with the lines {names}; weights there: presence, not bytes")
+        weights = counted(store["mlflow_weights"], "version")
+        write(out, f"  MLflow compared with the lines {names}, and the weights of {weights} there")
     for one in store["damaged"]:
         _damaged(one, out)
     if store["orphans"]:

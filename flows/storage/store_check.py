@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from restitch.flows.outcome import Outcome
+from restitch.flows.storage.mlflow_weights import compare_weights
 from restitch.merging.errors import Damage, RestitchError, Unavailable
 from restitch.merging.files.delta import open_delta
 from restitch.registry.ledger.ledger import Ledger, state_after
@@ -69,6 +70,7 @@ class StoreCheck(Outcome):
     Attributes:
         compared: blobs and acts that were compared with their digests.
         mlflow: lines whose projection in MLflow was compared.
+        mlflow_weights: versions whose weights in MLflow were compared, byte for byte.
         orphans: objects that nothing refers to; `restitch gc` removes them.
         notes: unusual findings that are not damage.
     """
@@ -77,6 +79,7 @@ class StoreCheck(Outcome):
     bytes: int = 0
     compared: int = 0
     mlflow: tuple[str, ...] = ()
+    mlflow_weights: int = 0
     damaged: list[Damaged] = field(default_factory=list)
     orphans: tuple[str, ...] = ()
     orphan_bytes: int = 0
@@ -276,6 +279,7 @@ class Checker:
             except Damage:
                 continue  # listed with the damaged objects themselves
             compared.append(line)
+            differences += self._weights(ledger, result)
             if differences:
                 text = "; ".join(differences[:_SHOWN])
                 text += "; ..." if len(differences) > _SHOWN else ""
@@ -283,6 +287,24 @@ class Checker:
                 remedy = "complete it from the trail"
                 result.damaged.append(Damaged(f"{MLFLOW}{line}", text, meaning, remedy=remedy))
         result.mlflow = tuple(compared)
+
+    def _weights(self, ledger: Ledger, result: StoreCheck) -> tuple[str, ...]:
+        """The differences of the weights that MLflow keeps of a line."""
+        try:
+            found = compare_weights(ledger, self.space)
+        except Damage:
+            return ()  # listed with the damaged objects themselves
+        except RestitchError as error:  # MLflow's artifacts or the base may be away
+            result.notes.append(
+                f"the weights of line {ledger.line} in MLflow were not compared: {error.summary}"
+            )
+            return ()
+        result.mlflow_weights += len(found)
+        return tuple(
+            f"the weights of version {version} {difference}"
+            for version, difference in found.items()
+            if difference is not None
+        )
 
 
 def known_lines(inventory: Inventory) -> list[str]:

@@ -51,5 +51,5 @@ def _no_version(line_state: LineState, text: str) -> BadInput:
         found=f"versions 1 to {newest}; {roles}" if newest else "no merged version yet",
         hint=f"see `restitch history {line} --versions`"
         if newest
-        else f"register a model; `restitch status {line}` shows what became of those that were",
+        else f"register a model; `restitch status {line}` shows each model with its state",
     )

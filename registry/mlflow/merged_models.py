@@ -7,7 +7,7 @@ and never changes.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from restitch.registry.store.base import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 # The tag of a registered model with the versions of its line that have their weights in MLflow.
 WEIGHTS_TAG = "restitch.weights"
@@ -58,6 +59,9 @@ class Place(Protocol):
     def remove(self, name: str) -> None:
         """Remove a folder, if it is there."""
 
+    def fetch(self, folders: Sequence[str], scratch: Path) -> Path:
+        """The folder on this machine that holds these folders as they are now: `scratch` or not."""
+
 
 class RunPlace:
     """The artifacts of a run."""
@@ -77,12 +81,25 @@ class RunPlace:
 
     def remove(self, name: str) -> None:
         """Remove a folder; see `Place.remove`."""
+        if name in self.names():
+            self._repository().delete_artifacts(f"{IN_RUN}/{name}")
+
+    def fetch(self, folders: Sequence[str], scratch: Path) -> Path:
+        """Artifacts on this machine are read in place; see `Place.fetch`."""
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        repository = self._repository()
+        if isinstance(repository, LocalArtifactRepository):
+            return Path(repository.artifact_dir) / IN_RUN
+        for name in folders:
+            repository.download_artifacts(f"{IN_RUN}/{name}", str(scratch))
+        return scratch / IN_RUN
+
+    def _repository(self) -> "ArtifactRepository":
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        if name in self.names():
-            address = self.client.get_run(self.run_id).info.artifact_uri
-            found = get_artifact_repository(address, tracking_uri=self.client.tracking_uri)
-            found.delete_artifacts(f"{IN_RUN}/{name}")
+        address = self.client.get_run(self.run_id).info.artifact_uri
+        return get_artifact_repository(address, tracking_uri=self.client.tracking_uri)
 
 
 class StorePlace:
@@ -106,6 +123,15 @@ class StorePlace:
         """Remove a folder; see `Place.remove`."""
         for each in list(self.store.list(f"{self.prefix}/{name}")):
             self.store.remove(each)
+
+    def fetch(self, folders: Sequence[str], scratch: Path) -> Path:
+        """Links to fresh copies in the cache; see `Place.fetch`."""
+        for folder in folders:
+            for name in self.store.list(f"{self.prefix}/{folder}"):
+                link = scratch / name.removeprefix(f"{self.prefix}/")
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(self.store.local_path(name, fresh=True))
+        return scratch
 
 
 class MergedModels:

@@ -201,6 +201,23 @@ class MlflowProjection:
         problems += [f"act {entry.sequence} ({entry.kind}) is missing" for entry in missing]
         return tuple(problems)
 
+    def weights_shown(self, line_state: LineState) -> Iterator[tuple[int, Path]]:
+        """The versions with their weights in MLflow, each with a folder of `WEIGHT_FOLDERS`.
+
+        The folder is there until the next version is asked for.
+
+        Raises:
+            Unavailable: MLflow or its artifacts cannot be read.
+        """
+        with mlflow_explained(self.home):
+            for number in sorted(merged_models.keeps_weights(line_state)):
+                for shown in self._versions(line_state, number)[:1]:
+                    place = merged_models.place_of(self.client, self.home, shown)
+                    if set(merged_models.WEIGHT_FOLDERS) <= place.names():
+                        with tempfile.TemporaryDirectory(dir=self.home.scratch) as scratch:
+                            folders = merged_models.WEIGHT_FOLDERS
+                            yield number, place.fetch(folders, Path(scratch))
+
     def _weights_differences(
         self, line_state: LineState, tagged: frozenset[int] | None
     ) -> Iterator[str]:

@@ -137,6 +137,26 @@ def test_verify_finds_and_repairs_weights_that_are_missing(shell: Shell) -> None
     shell("verify", "--deep")
 
 
+def test_verify_finds_and_repairs_weights_with_other_bytes(shell: Shell) -> None:
+    assert shell.json("verify", "--deep")["store"]["mlflow_weights"] == 1
+    weights = files_of(shell, 1) / "model" / "model.safetensors"
+    tokenizer = files_of(shell, 1) / "components" / "tokenizer" / "tokenizer.json"
+    before = weights.read_bytes()
+    for file, message in (
+        (weights, "the weights of version 1 differ from base and patch in 1 tensors: "),
+        (tokenizer, "the weights of version 1 have another configuration, tokenizer or processor"),
+    ):
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert message in shell("verify", "--deep", code=7).out
+        file.write_bytes(data)
+    weights.write_bytes(before[:-1])
+    assert "the weights of version 1 cannot be read: " in shell("verify", "--deep", code=7).out
+    shell("verify", "--repair", code=None)
+    assert weights.read_bytes() == before
+    shell("verify", "--deep")
+
+
 def test_a_full_disk_costs_the_weights_and_not_the_champion(
     new_home: NewHome, world: World, tmp_path: Path
 ) -> None:
@@ -212,4 +232,8 @@ def test_with_a_bucket_the_source_is_the_model_in_the_bucket(
         model = mlflow.pyfunc.load_model("models:/demo/1")
         found = model.predict(pd.DataFrame({"text": ["one"]}), params={"task": "colour"})
         assert found["label"][0] in ("red", "green", "blue")
-        assert shell.json("verify", "--deep")["store"]["notes"] == []
+        checked = shell.json("verify", "--deep")["store"]
+        assert (checked["notes"], checked["mlflow_weights"]) == ([], 1)
+        bucket.put_object(Bucket="bucket", Key="team/models/demo/2/model/config.json", Body=b"{}")
+        found = shell("verify", "--deep", code=7).out
+        assert "have another configuration" in found
