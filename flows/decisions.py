@@ -360,7 +360,8 @@ def _decided(
         return change(line_state)
 
     act: Act | None = ledger.act(kind, who, reason, if_allowed, digests)
-    say(f"{ledger.line}: {reason}" if act is not None else f"{ledger.line}: nothing to change")
+    done = "nothing to change" if act is None else f"{kind}: {reason}"
+    say(f"{ledger.line}: {done}")
     for note in notes:
         warn(note)
     notify(act)

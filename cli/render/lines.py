@@ -169,6 +169,8 @@ def results(record: Values, out: Console) -> None:
             f" ratio {with_interval(kept['ratio'], kept['ratio_interval'])}"
             f" ({kept['count']} rows)",
         )
+        for note in kept.get("notes", ()):
+            write(out, f"  {kept['task']}: {note}", "yellow")
 
 
 def _method(method: Values) -> str:

@@ -25,23 +25,19 @@ from restitch.registry.ledger.measurements import (
     unexpected,
 )
 
-_VERDICTS = {
-    "better": "better than the base",
-    "not better": "not significantly better than the base",
-    "worse": "significantly worse than the base",
-}
-
 
 def registered(result: Values, out: Console) -> None:
     """A registered model: its state, its mask, and the merge that took it in."""
     already = "already " if result["already"] else ""
     write(out, f"{result['task']}: {already}version {result['version']}, {result['state']}")
     held = {} if result["merged"] is None else result["merged"]["held"]
+    printed = []
     if result["reason"] and f"{result['task']} {result['version']}" not in held:
-        write(out, result["reason"], "yellow")
+        write(out, f"  {result['reason']}", "yellow")
+        printed.append(result["reason"])
     record = result["record"] or {"results": {}}
-    notes = record["results"].get(result["task"], {"notes": ()})["notes"]
-    _facts(result["facts"], notes, out)
+    printed += record["results"].get(result["task"], {"notes": ()})["notes"]
+    _facts(result["facts"], printed, out)
     if result["merged"] is not None:
         remerged(result["merged"], out)
     elif result["paused"] is not None:
@@ -147,11 +143,11 @@ def _compared(each: Values) -> tuple[str, str, str, int]:
     return each["metric"], number(each["merged"]), number(each["adapter"]), each["count"]
 
 
-def _facts(facts: Values, notes: Sequence[str], out: Console) -> None:
-    """The facts of a model, without what the notes on its results say."""
+def _facts(facts: Values, printed: Sequence[str], out: Console) -> None:
+    """The facts of a model, without what was printed already."""
     if "localizer" not in facts:
         return
-    _gain(facts, out)
+    _gain(facts, printed, out)
     statistics = ""
     if "statistics" in facts:
         statistics = f" {' and '.join(facts['statistics'])} {size(facts['statistics_bytes'])},"
@@ -164,7 +160,7 @@ def _facts(facts: Values, notes: Sequence[str], out: Console) -> None:
     )
     recovered(facts, out)
     needed = needed_tensors(ModelFacts.model_validate(facts))
-    if needed is not None and not any(needed in note for note in notes):
+    if needed is not None and not any(needed in text for text in printed):
         write(out, f"  {needed}", "yellow")
     for line in accounted(facts):
         write(out, f"  {line}", "yellow")
@@ -172,14 +168,15 @@ def _facts(facts: Values, notes: Sequence[str], out: Console) -> None:
         write(out, f"  {check} accepted by {one['by']}: {one['reason']}")
 
 
-def _gain(facts: Values, out: Console) -> None:
+def _gain(facts: Values, printed: Sequence[str], out: Console) -> None:
     """The comparison with the base, and with the value that the author measured."""
     if "gain" not in facts:
         write(out, "  gain over the base: not measured, because the task has no rows")
         return
     measured = {name: ResultRef.model_validate(one) for name, one in facts["results"].items()}
     gain = Gain.model_validate(facts["gain"])
-    style = None if gain.verdict == "better" else "yellow"
-    write(out, f"  {_VERDICTS[gain.verdict]}: {compared(gain, measured)}", style)
+    values, style = compared(gain, measured), None if gain.verdict == "better" else "yellow"
+    if not any(values in text for text in printed):
+        write(out, f"  {gain.against_base}: {values}", style)
     if contradiction := unexpected(facts.get("expected"), measured["finetuned"]):
         write(out, f"  {contradiction}", "yellow")

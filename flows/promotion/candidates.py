@@ -289,8 +289,7 @@ def measure_member(
         notes += (f"the finetuned model cannot be evaluated: {error.summary}",)
     if spec.data is not None and spec.data.validation is None and split == "validation":
         notes += ("the validation rows are a part of train: the model may have seen them",)
-    if spec.data is not None and (left_out := left_out_note(spec.data, split)) is not None:
-        notes += (left_out,)
+    notes += _left_out(spec, split)
     measured = {"base": base, "finetuned": finetuned, "grafted": grafted, "merged": result}
     known = {name: ref for name, ref in measured.items() if ref is not None}
     gain = None if finetuned is None else gain_over_base(workspace().objects, base, finetuned)
@@ -318,8 +317,7 @@ def measure_member(
 
 
 def _without_gain(gain: Gain, accepted: Mapping[str, Acceptance]) -> str:
-    gained = "not significantly better" if gain.verdict == "not better" else "significantly worse"
-    note = f"the finetuned model is {gained} than the base, so there is no normalized value"
+    note = f"the finetuned model is {gain.against_base}, so there is no normalized value"
     return f"{note}; {decisions(accepted)}" if accepted else note
 
 
@@ -350,7 +348,13 @@ def measure_retention(
         count=result.count,
         evaluations=blobs,
         data=_data_used(spec, split),
+        notes=_left_out(spec, split),
     )
+
+
+def _left_out(spec: TaskSpec, split: str) -> tuple[str, ...]:
+    note = None if spec.data is None else left_out_note(spec.data, split)
+    return () if note is None else (note,)
 
 
 def _drops(

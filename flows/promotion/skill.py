@@ -94,8 +94,7 @@ def _warnings(key: ModelKey, facts: ModelFacts) -> tuple[str, ...]:
         if NO_GAIN in facts.accepted:
             warnings.append(f"{key}: {values}; {decisions(facts.accepted)}")
         elif facts.gain.verdict == "not better":
-            worth = "not significantly better than the base on its own task"
-            warnings.append(f"{key} is {worth}: {values}")
+            warnings.append(f"{key} is {facts.gain.against_base} on its own task: {values}")
     if (contradiction := unexpected(facts.expected, finetuned)) is not None:
         warnings.append(f"{key}: {contradiction}")
     return tuple(warnings)

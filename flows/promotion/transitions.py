@@ -61,7 +61,7 @@ def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> 
         {"recipe": candidate.patch.recipe, "patch": candidate.patch.blob},
     )
     if act is not None:
-        say(f"{ledger.line} version {recorded[0]}: {candidate.summary}")
+        say(f"{ledger.line}: merged {candidate.summary} into version {recorded[0]}")
     return recorded[0]
 
 

@@ -51,6 +51,12 @@ class Gain(Record):
     interval: Interval
     p_value: float
 
+    @property
+    def against_base(self) -> str:
+        """The verdict in words, with its statistical meaning."""
+        words = {"not better": "not significantly better", "worse": "significantly worse"}
+        return f"{words.get(self.verdict, self.verdict)} than the base"
+
 
 def keeps_subspace(localizer: str | None) -> bool:
     """True if a delta is a subspace, by the name and version of its localizer."""

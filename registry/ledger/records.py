@@ -154,6 +154,7 @@ class Retention(Record):
             `ratio_interval`. None if it would be a division by zero.
         more: further values of the merged model by name, such as `top5`; `base_more` of the base.
         evaluations: the stored evaluations of base and merged.
+        notes: what else a reader should know; not written if there is nothing.
     """
 
     task: str
@@ -169,6 +170,12 @@ class Retention(Record):
     count: int | None = None
     evaluations: dict[str, Digest] = Field(default_factory=dict)
     data: DataUsed | None = None
+    notes: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_empty_notes(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return values if self.notes else {k: v for k, v in values.items() if k != "notes"}
 
 
 class MergedMember(Record):

@@ -255,7 +255,7 @@ def _values(result: TaskResult) -> tuple[str, ...]:
         value, interval = getattr(result, name), result.intervals.get(name)
         cells.append(_number(value) + (f" ({_interval(interval)})" if interval else ""))
     if result.gain is not None and result.has_no_gain:
-        cells[-1] = f"none: {result.gain.verdict} than the base"
+        cells[-1] = f"none: {result.gain.against_base}"
     return tuple(cells)
 
 
@@ -273,6 +273,7 @@ def _retention(record: MergedRecord) -> str:
         f"General ability by {metric} on `{retention.task}` ({retention.count} rows): "
         f"{retention.value:.4f}, base {retention.base:.4f}, "
         f"retention {_number(retention.ratio)}.\n\n"
+        + "".join(f"{note}.\n\n" for note in retention.notes)
         + _table(("general benchmark", "value", "95 % interval"), rows)
     )
 

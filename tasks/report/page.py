@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from restitch.registry.gates.gate import GateOutcome
-from restitch.registry.ledger.measurements import keeps_subspace, shortfall
+from restitch.registry.ledger.measurements import Gain, keeps_subspace, shortfall
 from restitch.registry.specs.metric import METRICS
 from restitch.tasks.report.drawing import Plot, drawing, to_file, to_svg
 from restitch.tasks.report.mask_plots import (
@@ -179,6 +179,7 @@ def _template() -> Any:
         "as_json": _as_json,
         "outcome_of": lambda gate: GateOutcome.model_validate(gate).verdict,
         "lower_is_better": lambda metric: METRICS[metric].lower_is_better,
+        "against_base": lambda gain: Gain.model_validate(gain).against_base,
         "shortfall_of": lambda facts: shortfall(facts.get("recovery")),
         "named": lambda names: [(name, "number") for name in names],
     }

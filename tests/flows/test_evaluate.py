@@ -66,11 +66,17 @@ def test_rows_without_a_label_are_left_out_and_reported(
         stream.write('{"text": "x", "label": "-1"}\n')
     values = yaml.safe_load(task.read_text())
     values["data"]["unlabelled"] = -1
-    shell("init", world.line(tmp_path / "line.yaml", localize={"density": 1}, retention=None))
+    general = write_yaml(task.with_name("general.yaml"), values | {"task": "general"})
+    line = world.line(tmp_path / "line.yaml", localize={"density": 1}, retention=str(general))
+    shell("init", line)
     shell("register", "demo", "--task", write_yaml(task, values), "--model", world.model("colour"))
     note = "1 test row has no label (unlabelled: -1) and is left out"
-    result = shell.json("show", "demo", "1")["results"]["colour"]
-    assert (result["count"], result["notes"]) == (ROWS, [note])
-    assert f"colour: {note}" in shell("show", "demo", "1").out
+    shown = shell.json("show", "demo", "1")
+    for measured in (shown["results"]["colour"], shown["retention"]):
+        assert (measured["count"], measured["notes"]) == (ROWS, [note])
+    for name in ("colour", "general"):
+        assert f"{name}: {note}" in shell("show", "demo", "1").out
     shell("report", "demo", "1", tmp_path / "report.html")
-    assert note in html.unescape((tmp_path / "report.html").read_text())
+    assert html.unescape((tmp_path / "report.html").read_text()).count(note) >= 2
+    shell("export", "demo", "1", tmp_path / "out")
+    assert note in (tmp_path / "out" / "README.md").read_text()

@@ -53,6 +53,7 @@ def test_a_model_that_is_worse_than_the_base_is_held_with_values_and_causes(
     assert all(cause in reason for cause in CAUSES)
     assert "--accept-no-gain" in reason
     assert flat(reason) in flat(done.out)
+    assert done.out.count("p = ") == 1, "the comparison is printed once"
     assert "significantly worse than the base" in done.err
     assert (line.state().champion, line.state().newest) == (None, None)
     assert line.kinds() == ["configured", "registered", "held"]
@@ -180,6 +181,9 @@ def test_a_model_that_equals_the_base_in_skill_joins_with_a_warning(
     assert "(no gain)" in line("status", "demo").out
     result = line.json("show", "demo")["results"]["colour"]
     assert (result["gain"]["verdict"], result["normalized"]) == ("not better", None)
+    line("report", "demo", "champion", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert '<td class="number">not significantly better than the base</td>' in page
     assert result["gain"]["p_value"] == 1.0
 
 

@@ -132,6 +132,14 @@ def test_a_version_names_the_tasks_that_lost_significantly(tmp_path):
     assert "drops" not in record().to_json()
 
 
+def test_notes_of_retention_are_written_only_if_there_are_some():
+    values = {"task": "general", "value": 0.4, "base": 0.5, "ratio": 0.8}
+    assert "notes" not in record(retention=values).to_json()["retention"]
+    noted = record(retention={**values, "notes": ["a row is left out"]})
+    assert noted.to_json()["retention"]["notes"] == ["a row is left out"]
+    assert MergedRecord.model_validate(noted.to_json()) == noted
+
+
 def test_values_that_were_not_measured_are_no_metrics():
     found = projection_merged.metrics_of(record(results={}, retention=None))
     assert set(found) == {"patch/bytes", "patch/kept", "members"}
