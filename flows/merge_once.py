@@ -34,6 +34,7 @@ from restitch.modeling.device import device
 from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.family_choice import only_family
 from restitch.modeling.pretrained import load_as_saved
+from restitch.modeling.remembered import remembering
 from restitch.registry.home import Home
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import resolve_source
@@ -197,7 +198,7 @@ def merge_as(
     if out is not None and not dry_run:
         out = out.expanduser().absolute()
         check_free(out, overwrite)
-    with _own_store() as space:
+    with _own_store() as space, remembering(space.home.cache / "configurations"):
         line, models = _described(request, space)
         checked = _checked(line, models)
         _tell(checked)

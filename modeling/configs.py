@@ -12,6 +12,7 @@ from typing import Any
 
 from restitch.merging.errors import BadInput
 from restitch.merging.files.safe_open import open_regular, read_limited
+from restitch.modeling.remembered import MOST_CONFIG, recall, remember
 
 _IGNORED = {
     "_attn_implementation",
@@ -63,7 +64,6 @@ _IGNORED = {
     "use_cache",
     "vocab_size",  # the tensors are compared, see `merging.files.comparison`
 }
-_MOST_CONFIG = 1 << 24
 _QUANTIZATION = ("quantization_config", "compression_config")
 # Keys that transformers 4 wrote and 5 dropped, with the value that their absence means.
 _ONCE_DEFAULT = {"position_embedding_type": "absolute", "pruned_heads": {}}
@@ -102,12 +102,54 @@ def read_config(folder: Path) -> Any:
 
 def vocabulary_size(folder: Path) -> int | None:
     """The number of tokens of a model of texts by its configuration; None if it does not say."""
+    if isinstance(known := recall("vocabulary", folder), int):
+        return known
     try:
         config = read_config(folder).get_text_config()
     except (BadInput, ValueError):  # not in the layout of transformers, or of several parts
         return None
     found = getattr(config, "vocab_size", None)
-    return found if isinstance(found, int) else None
+    if not isinstance(found, int):
+        return None
+    remember("vocabulary", folder, found)
+    return found
+
+
+def config_differences(
+    base: Path, finetuned: Path, *, ignore: frozenset[str] = frozenset()
+) -> list[str]:
+    """The differing keys of two folders' configurations of one architecture; see `differences`.
+
+    Files that write the same have the same defaults, so these are compared without transformers.
+    """
+    if _writes_the_same(base, finetuned):
+        return []
+    ours, theirs = read_config(base), read_config(finetuned)
+    return model_type_difference(ours.model_type, theirs.model_type) or differences(
+        ours.to_dict(), theirs.to_dict(), ignore=ignore, known=known_keys(ours)
+    )
+
+
+def _writes_the_same(base: Path, finetuned: Path) -> bool:
+    """True if two files have the same keys with the same values, but for those that are ignored."""
+    try:
+        ours, theirs = (
+            _without_ignored(json.loads(read_limited(folder / "config.json", MOST_CONFIG)))
+            for folder in (base, finetuned)
+        )
+    except (OSError, ValueError, RecursionError):
+        return False  # `read_config` explains what is wrong
+    return bool(ours == theirs)
+
+
+def _without_ignored(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_ignored(inner)
+        for key, inner in value.items()
+        if key not in _IGNORED or key == "model_type"
+    }
 
 
 def differences(
@@ -153,6 +195,8 @@ def unknown_keys(base: Path, finetuned: Path) -> list[str]:
 
     A key that the base has with the same value is left out.
     """
+    if _writes_the_same(base, finetuned):
+        return []
     try:
         ours, theirs = read_config(base), read_config(finetuned)
     except BadInput:  # not in the layout of transformers
@@ -177,7 +221,7 @@ def check_not_quantized(folder: Path, where: str) -> None:
         BadInput: the configuration names a quantization.
     """
     try:
-        values = json.loads(read_limited(folder / "config.json", _MOST_CONFIG))
+        values = json.loads(read_limited(folder / "config.json", MOST_CONFIG))
     except (OSError, ValueError, RecursionError):
         return  # `read_config` explains what is wrong with it
     found = [key for key in _QUANTIZATION if isinstance(values, dict) and values.get(key)]

@@ -6,7 +6,7 @@ whether they are causal. No architecture is listed here, so one that is new to t
 judged as well. The model is built without weights, and nothing in the folder is run.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from restitch.modeling.configs import read_config
+from restitch.modeling.remembered import recall, remember
 
 # More layers than any model has: a configuration that asks for them is not built.
 _MOST_LAYERS = 1000
@@ -67,8 +68,13 @@ def model_kind(folder: Path) -> ModelKind:
     Raises:
         BadInput: the configuration is missing, unreadable, or of an unknown architecture.
     """
+    if (known := recall("kind", folder)) is not None:
+        return ModelKind(**{**known, "kind": Kind(known["kind"])})
     config = read_config(folder)
-    return _model_kind(folder, config.to_json_string(use_diff=False))
+    found = _model_kind(folder, config.to_json_string(use_diff=False))
+    if found.kind is not Kind.OTHER:  # which may lack a package that is installed later
+        remember("kind", folder, asdict(found))
+    return found
 
 
 @lru_cache(maxsize=64)

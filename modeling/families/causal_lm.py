@@ -31,10 +31,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from restitch.modeling.answers import SCORED, Answers, log_probabilities, matched, summed
-from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
+from restitch.modeling.configs import config_differences
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.generation import generated
@@ -88,13 +87,8 @@ class CausalLm(LanguageModel):
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """The configuration keys that change the forward pass."""
-        ours, theirs = read_config(base), read_config(finetuned)
-        return model_type_difference(ours.model_type, theirs.model_type) or differences(
-            ours.to_dict(),
-            theirs.to_dict(),
-            ignore=frozenset({"pad_token_id"}),  # padding stands after all that counts
-            known=known_keys(ours),
-        )
+        # Padding stands after all that counts.
+        return config_differences(base, finetuned, ignore=frozenset({"pad_token_id"}))
 
     def load(
         self, folder: Path, dtype: torch.dtype = torch.float32, *, empty: bool = False
@@ -383,6 +377,8 @@ def _is_stateful(inner: Any) -> bool:
 
 def _can_select(cache: Any) -> bool:
     """True if a cache consists of keys and values of which rows can be taken."""
+    from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
     layers: Any = getattr(cache, "layers", None)
     return bool(layers) and all(
         isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.answers import Answers, log_probabilities
-from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
+from restitch.modeling.configs import config_differences
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head
@@ -66,10 +66,7 @@ class MaskedLm(LanguageModel):
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """The configuration keys that change the forward pass."""
-        ours, theirs = read_config(base), read_config(finetuned)
-        return model_type_difference(ours.model_type, theirs.model_type) or differences(
-            ours.to_dict(), theirs.to_dict(), known=known_keys(ours)
-        )
+        return config_differences(base, finetuned)
 
     def lacks(self, folder: Path) -> str | None:
         """A head, or a mask token."""

@@ -14,12 +14,7 @@ from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
-from restitch.modeling.configs import (
-    differences,
-    known_keys,
-    model_type_difference,
-    read_config,
-)
+from restitch.modeling.configs import config_differences
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
@@ -44,10 +39,7 @@ class TextEncoder(Family):
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """The configuration keys that change the forward pass."""
-        ours, theirs = read_config(base), read_config(finetuned)
-        return model_type_difference(ours.model_type, theirs.model_type) or differences(
-            ours.to_dict(), theirs.to_dict(), known=known_keys(ours)
-        )
+        return config_differences(base, finetuned)
 
     def load(
         self, folder: Path, dtype: torch.dtype = torch.float32, *, empty: bool = False

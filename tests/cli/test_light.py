@@ -12,6 +12,7 @@ from restitch import __version__
 from restitch.cli.main import PANELS
 from tests.conftest import Three
 from tests.shell import Shell
+from tests.tiny_models import tiny_decoder, tweaked
 from tests.worlds import World
 
 HEAVY = ("mlflow", "torch", "transformers", "prefect", "datasets", "sqlalchemy", "numpy", "PIL")
@@ -100,6 +101,22 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_checked(
     code, text = COMMANDS[args]
     assert probed[args][:2] == (code, [])
     assert text in probed[args][2]
+
+
+def test_a_known_base_is_merged_without_transformers(shell: Shell, tmp_path: Path) -> None:
+    base, finetuned = tmp_path / "base", tmp_path / "finetuned"
+    tiny_decoder(base, "llama")
+    tweaked(base, finetuned, seed=1, size=0.2, globs=("*",))
+    file = finetuned / "config.json"
+    config = json.loads(file.read_text()) | {"_name_or_path": "base", "use_cache": False}
+    file.write_text(json.dumps(config))
+    words = ["merge", "--base", base, "--model", f"a={finetuned}", "--method", "ties", "--out"]
+    first = shell(*words, tmp_path / "first").out
+    script = "import sys; from restitch.cli.main import main\ntry: main()\n"
+    script += "finally: print('transformers' in sys.modules)"
+    second = shell.python(script, *words, tmp_path / "second").out.splitlines()
+    assert second[-1] == "False"
+    assert second[:-1] == first.replace("first", "second").splitlines()
 
 
 def test_looking_needs_no_mlflow(three: Three) -> None:

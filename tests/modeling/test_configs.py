@@ -3,12 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.configs import check_not_quantized, differences, unknown_keys
+from restitch.modeling.families.causal_lm import CausalLm
 from restitch.modeling.families.clip import Clip
+from restitch.modeling.families.masked_lm import MaskedLm
 from restitch.modeling.families.text_encoder import TextEncoder
 from tests.tiny_models import tiny_roberta
 
@@ -149,3 +152,18 @@ def test_a_configuration_without_quantization_is_not_refused_here(tmp_path, text
     (tmp_path / "config.json").write_text(text)
     check_not_quantized(tmp_path, "the model")
     check_not_quantized(tmp_path / "nothing", "the model")
+
+
+@pytest.mark.parametrize("family", [TextEncoder(), CausalLm(), MaskedLm()])
+def test_files_that_write_the_same_need_no_transformers(
+    changed: Any, monkeypatch: pytest.MonkeyPatch, family: Any
+) -> None:
+    base, same = changed(), changed(use_cache=False, transformers_version="9", vocab_size=1)
+    other, untyped = changed(hidden_act="relu"), changed(model_type=None)
+    with monkeypatch.context() as patch:
+        patch.delattr("restitch.modeling.configs.read_config")
+        assert family.config_differences(base, same) == unknown_keys(base, same) == []
+        for folder in (other, untyped):
+            with pytest.raises(NameError):
+                family.config_differences(base, folder)
+    assert family.config_differences(base, other) == ["hidden_act: base 'gelu', finetuned 'relu'"]

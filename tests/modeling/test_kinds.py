@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from restitch.modeling import kinds
+from restitch.modeling.configs import read_config, vocabulary_size
 from restitch.modeling.kinds import Kind, model_kind
+from restitch.modeling.remembered import remembering
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -121,3 +124,47 @@ def test_the_evidence_is_named(tmp_path):
     kind_of(tmp_path, "bert", "BertForMaskedLM", **TINY)
     text = str(model_kind(tmp_path))
     assert text == "BertForMaskedLM (model_type 'bert'), a text encoder"
+
+
+def test_an_answer_is_kept_for_the_same_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, answers = tmp_path / "model", tmp_path / "answers"
+    bert, saved_again = ("bert", "BertModel"), {"transformers_version": "9", **TINY}
+    with remembering(answers):
+        assert kind_of(model, *bert, **TINY) is Kind.TEXT_ENCODER
+        assert vocabulary_size(model) == 99
+    asked = 0
+
+    def read(folder: Path) -> Any:
+        nonlocal asked
+        asked += 1
+        return read_config(folder)
+
+    monkeypatch.setattr(kinds, "read_config", read)
+    monkeypatch.setattr("restitch.modeling.configs.read_config", read)
+    with remembering(answers):
+        assert kind_of(model, *bert, **saved_again) is Kind.TEXT_ENCODER
+        assert (vocabulary_size(model), asked) == (99, 0)
+        assert kind_of(model, "gpt2", "GPT2Model", n_layer=1) is Kind.CAUSAL_LM
+        assert vocabulary_size(model) == 50257
+        for file in answers.iterdir():
+            file.write_text("{")
+        before = asked
+        assert kind_of(model, *bert, **TINY) is Kind.TEXT_ENCODER
+        assert asked > before
+    before = asked
+    assert kind_of(model, *bert, **TINY) is Kind.TEXT_ENCODER
+    assert asked > before
+
+
+def test_a_kind_that_a_missing_package_may_hide_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, bert = tmp_path / "model", ("bert", "BertForPreTraining")
+    with remembering(tmp_path / "answers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(kinds, "_model_class", lambda config: None)
+            assert kind_of(model, *bert, hidden_size=12) is Kind.OTHER
+        kinds._model_kind.cache_clear()
+        assert kind_of(model, *bert, hidden_size=12) is Kind.TEXT_ENCODER
