@@ -29,8 +29,9 @@ from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMeth
 from restitch.modeling.evaluation import Evaluation
 from restitch.modeling.row_values import Bits
 from restitch.registry.home import Home
+from restitch.registry.ledger.finetuned_models import MemberFacts, ModelRef, ModelVersion
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, MemberFacts, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import (
     DataUsed,
     MergedMember,

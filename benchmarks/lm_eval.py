@@ -28,7 +28,7 @@ from restitch.modeling.data.rows import Example
 from restitch.modeling.evaluation import BATCH_SIZE
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 
 BATCH_SIZES = (4, 16, 64)
 TRIED_ROWS = 48

@@ -52,7 +52,8 @@ from restitch.modeling.data.task_data import TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import Batch, get_family
 from restitch.modeling.weights import apply_edits, restore
-from restitch.registry.specs.task import DataSpec, HeadSpec
+from restitch.registry.specs.data import DataSpec
+from restitch.registry.specs.head import HeadSpec
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 MERGED = (0.05, 0.1, 0.2)

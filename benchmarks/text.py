@@ -39,7 +39,8 @@ from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.inputs.checkpoints import Base, aligned, open_base
 from restitch.tasks.inputs.live_base import LiveBase, live_base
-from restitch.tasks.inputs.task_data import task_head, verified_data
+from restitch.tasks.inputs.task_data import verified_data
+from restitch.tasks.inputs.task_head import task_head
 from restitch.tasks.runtime.console import reporting_to, working
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import workspace

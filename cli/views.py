@@ -3,8 +3,9 @@
 from typing import Any
 
 from restitch.flows.promotion.lost_skill import needed_tensors
+from restitch.registry.ledger.finetuned_models import UNREAD, MemberFacts, ModelVersion
 from restitch.registry.ledger.ledger import Ledger, lines_in_use
-from restitch.registry.ledger.line_state import UNREAD, LineState, MemberFacts, ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.measurements import shortfall, unexpected
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.specialists import stored_specialists

@@ -22,8 +22,9 @@ from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.versions import check_task, named_models, open_version
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import BadInput, GateFailed
+from restitch.registry.ledger.finetuned_models import Removal, RetiredFrom, State
 from restitch.registry.ledger.ledger import Act, Ledger
-from restitch.registry.ledger.line_state import LineState, Pause, Removal, RetiredFrom, State
+from restitch.registry.ledger.line_state import LineState, Pause
 from restitch.registry.ledger.records import Kind, MergedRecord
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.events import has_workers, start_run

@@ -30,7 +30,7 @@ from restitch.modeling.weights import WeightLayer, weight_layers
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.sources.hub_upload import check_repository, upload
-from restitch.registry.specs.task import is_hub_id, split_pin
+from restitch.registry.specs.hub_id import is_hub_id, split_pin
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs.checkpoints import open_base, open_sparse
 from restitch.tasks.inputs.live_base import LiveBase, live_base

@@ -36,7 +36,7 @@ from restitch.modeling.family_choice import only_family
 from restitch.modeling.pretrained import load_as_saved
 from restitch.modeling.remembered import remembering
 from restitch.registry.home import Home
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.specs.files import merge_of
 from restitch.registry.specs.line import LineSpec

@@ -27,16 +27,16 @@ from restitch.flows.promotion.lost_skill import as_key, proposed
 from restitch.flows.promotion.masks import mask_choice, needs_new_mask
 from restitch.flows.promotion.skill import Judgement, is_in_champion, judge
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError, shortlist
-from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import (
+from restitch.registry.ledger.finetuned_models import (
     PREPROCESSING,
     Addition,
-    LineState,
     Member,
     ModelFacts,
     ModelKey,
     ModelVersion,
 )
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.measurements import compared, keeps_subspace
 from restitch.registry.ledger.records import Kind
 from restitch.registry.ledger.references import STATISTIC

@@ -22,15 +22,9 @@ from restitch.flows.outcome import Outcome
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import BadInput, CannotJoin, GateFailed, Unavailable
 from restitch.modeling.families.family import get_family
+from restitch.registry.ledger.finetuned_models import ModelFacts, ModelKey, ModelRef, ModelVersion
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import (
-    LineState,
-    ModelFacts,
-    ModelKey,
-    ModelRef,
-    ModelVersion,
-    Pause,
-)
+from restitch.registry.ledger.line_state import LineState, Pause
 from restitch.registry.ledger.measurements import Acceptance, decisions
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.task import TaskSpec

@@ -40,8 +40,8 @@ from restitch.flows.promotion.transitions import (
 )
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, RestitchError, Unavailable
+from restitch.registry.ledger.finetuned_models import Member, ModelKey
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Member, ModelKey
 from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.inputs.live_base import check_device
 from restitch.tasks.runtime.console import say, warn

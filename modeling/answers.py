@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from restitch.registry.specs.task import Score
+from restitch.registry.specs.head import Score
 
 # Positions of which all of the vocabulary is scored at once.
 SCORED = 128

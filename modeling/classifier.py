@@ -21,7 +21,7 @@ from restitch.modeling.families.family import Batch, Family
 from restitch.modeling.heads import Head
 from restitch.modeling.pretrained import NamedModel, load_pretrained
 from restitch.modeling.task_heads import ClassifierHeads
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 
 # Keys for the backbone of another model.
 _UNREAD = frozenset({"out_features", "out_indices", "stage_names"})

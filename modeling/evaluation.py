@@ -24,8 +24,8 @@ from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head
 from restitch.modeling.row_values import Bits, Classes, Errors, Losses, RowValues, rows_from_json
+from restitch.registry.specs.head import GenerateSpec
 from restitch.registry.specs.metric import METRICS, Metric
-from restitch.registry.specs.task import GenerateSpec
 
 EVALUATOR_VERSION = 2
 BATCH_SIZE = 64

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from restitch.modeling.pretrained import NamedModel
-from restitch.registry.specs.task import GenerateSpec
+from restitch.registry.specs.head import GenerateSpec
 
 # What generation needs of a model's own settings; all others would make it less than greedy. One
 # that forces the last token would change an answer that is as long as allowed.

@@ -17,7 +17,8 @@ from restitch.merging.digests import canonical_json
 from restitch.merging.errors import Damage
 from restitch.merging.progress import Progress
 from restitch.modeling.data.imagenet import openai_imagenet
-from restitch.registry.specs.task import PROMPT_KEYS, HeadSpec
+from restitch.registry.specs.head import HeadSpec
+from restitch.registry.specs.task import PROMPT_KEYS
 
 FORMAT_VERSION = 1
 _METADATA = "restitch_head"

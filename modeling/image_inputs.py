@@ -8,7 +8,7 @@ import torch
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
-from restitch.modeling.pretrained import load_image_processor
+from restitch.modeling.pretrained_files import load_image_processor
 
 
 def image_preprocessor(folder: Path, family: str) -> Preprocess:

@@ -14,9 +14,11 @@ from restitch.merging.progress import Progress
 from restitch.modeling.families.family import Family
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import model_kind
-from restitch.modeling.pretrained import NamedModel, load_pretrained, load_tokenizer
+from restitch.modeling.pretrained import NamedModel, load_pretrained
+from restitch.modeling.pretrained_files import load_tokenizer
 from restitch.modeling.questions import user_turn
-from restitch.registry.specs.task import HeadSpec, Modality
+from restitch.registry.specs.data import Modality
+from restitch.registry.specs.head import HeadSpec
 
 
 class LanguageModel(Family):

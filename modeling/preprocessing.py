@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from restitch.merging.errors import BadInput, counted, shortlist
-from restitch.modeling.pretrained import (
+from restitch.modeling.pretrained_files import (
     asset_files,
     has_tokenizer,
     load_image_processor,

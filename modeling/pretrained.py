@@ -7,7 +7,7 @@ names to one of its live tensors.
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -21,45 +21,20 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.configs import read_config
 from restitch.modeling.joined_tensors import (
     JoinedTensor,
-    Pieces,
     converts_tensors,
     joined_tensors,
     pieces_of,
 )
+from restitch.modeling.pretrained_files import load_tokenizer
+from restitch.modeling.tensor_names import live_tensors, match_names, matched_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ASSETS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 # Not the configuration's choice, which may name a kernel to fetch and run. Every architecture has
 # this one, and its gradients are the same bits every time.
 _ATTENTION = "eager"
-# The settings for generation.
-GENERATION = "generation_config.json"
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
-_VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-)
 
 
 class NamedModel(nn.Module):
@@ -175,7 +150,7 @@ def load_pretrained(
         raise BadInput(f"{folder} cannot be loaded as a model", found=error) from error
     inner.requires_grad_(False)
     pieces = pieces_of(inner)
-    names = _match(inner, file, prefixes, pieces)
+    names = matched_names(inner, file, prefixes, pieces)
     joined = joined_tensors(inner, pieces, names)
     live = live_tensors(inner)
     names = {name: own for name, own in names.items() if own in live}
@@ -293,168 +268,6 @@ def _fill_up(
 def _set_parameter(inner: nn.Module, name: str, value: nn.Parameter) -> None:
     module, _, last = name.rpartition(".")
     setattr(inner.get_submodule(module), last, value)
-
-
-def named_tensors(model: Any, file: Checkpoint, prefixes: Sequence[str]) -> dict[str, str]:
-    """The names of a file's tensors in a model of transformers, for those that it has.
-
-    A tensor that is joined with others has the name that transformers saves it by.
-    """
-    return _match(model, file, prefixes, pieces_of(model))
-
-
-def _match(model: Any, file: Checkpoint, prefixes: Sequence[str], pieces: Pieces) -> dict[str, str]:
-    shapes = {name: file.info(name).shape for name in file.names}
-    live = live_tensors(model)
-    for each in pieces.values():
-        live |= each
-    return match_names(shapes, live, prefixes, _conversion(model))
-
-
-def present_names(folder: Path, file: Checkpoint, prefixes: Sequence[str]) -> dict[str, str]:
-    """The names of a file's tensors in a loaded base model, where they differ, with the file's.
-
-    Args:
-        folder: holds the configuration.
-        file: the weights.
-        prefixes: what the file may carry before all of its names.
-    """
-    from transformers import AutoModel
-
-    try:
-        with torch.device("meta"):
-            model = AutoModel.from_config(read_config(folder), trust_remote_code=False)
-    except Exception:  # a configuration of another layout has no such names
-        return {}
-    named = named_tensors(model, file, prefixes)
-    return {live: name for name, live in named.items() if live not in file}
-
-
-def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name; tied tensors under each of their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-def match_names(
-    shapes: Mapping[str, Sequence[int]],
-    live: Mapping[str, Tensor],
-    prefixes: Sequence[str],
-    convert: Callable[[str], str] = str,
-) -> dict[str, str]:
-    """Map the names of a file to live tensors, by one common prefix on either side.
-
-    The prefix that maps most names wins; the plain names win a tie. A name without a live tensor
-    of its shape is left out. `convert` gives a name of the file its present name in transformers.
-    """
-    best: dict[str, str] = {}
-    for candidate in _renamings(prefixes):
-        matched = {}
-        for name, shape in shapes.items():
-            own = _modern(candidate(name))
-            own = own if own in live else convert(own)
-            if own in live and tuple(live[own].shape) == tuple(shape):
-                matched[name] = own
-        if len(matched) > len(best):
-            best = matched
-    return best
-
-
-def _renamings(prefixes: Sequence[str]) -> Iterable[Any]:
-    yield lambda name: name
-    for prefix in prefixes:
-        yield lambda name, prefix=prefix: name.removeprefix(prefix)
-        yield lambda name, prefix=prefix: prefix + name
-
-
-def _conversion(model: Any) -> Callable[[str], str]:
-    """The present name of a tensor whose name transformers has changed since it was saved."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    changes = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-
-    def convert(name: str) -> str:
-        for change in changes:
-            name, _ = change.rename_source_key(name)
-        return name
-
-    return convert
-
-
-def _modern(name: str) -> str:
-    """Rename gamma and beta of norms, which checkpoints from before 2019 have."""
-    stem, _, last = name.rpartition(".")
-    if stem.endswith("LayerNorm") and last in ("gamma", "beta"):
-        return f"{stem}.{'weight' if last == 'gamma' else 'bias'}"
-    return name
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """True if a folder holds a vocabulary."""
-    return any((folder / name).is_file() for name in _VOCABULARIES)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load the folder's tokenizer.
-
-    Raises:
-        BadInput: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    if not has_tokenizer(folder):
-        # Without one, transformers makes an empty tokenizer without a warning.
-        raise BadInput(
-            f"{folder} has no tokenizer",
-            expected=f"one of {', '.join(_VOCABULARIES)}",
-            hint="give the whole folder in Hugging Face's layout",
-        )
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # files of somebody else can raise any error
-        raise BadInput(f"the tokenizer of {folder} cannot be read", found=error) from error
-
-
-def load_image_processor(folder: Path) -> Any:
-    """Load the folder's image processor for PIL: torchvision gives other pixels.
-
-    Raises:
-        BadInput: there is none, it cannot be read, or it has no variant for PIL.
-    """
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(
-            str(folder), backend="pil", local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # files of somebody else can raise any error
-        raise BadInput(
-            f"the image processor of {folder} cannot be read",
-            expected="a valid preprocessor_config.json",
-            found=error,
-        ) from error
-    if getattr(processor, "backend", None) != "pil":
-        raise BadInput(
-            f"the image processor of {folder} has no variant for PIL",
-            found=type(processor).__name__,
-        )
-    return processor
-
-
-def asset_files(folder: Path) -> tuple[str, ...]:
-    """The configuration, tokenizer and processor files of a folder, sorted."""
-    return tuple(name for name in _ASSETS if (folder / name).is_file())
-
-
-def language_model_files(folder: Path) -> tuple[str, ...]:
-    """The files of `asset_files`, and the settings for generation."""
-    more = [GENERATION] if (folder / GENERATION).is_file() else []
-    return tuple(sorted([*asset_files(folder), *more]))
 
 
 def missing_outside_of_blocks(

@@ -16,7 +16,7 @@ from torch import Tensor
 from restitch.merging.errors import BadInput
 from restitch.modeling.configs import read_config
 from restitch.modeling.data.rows import Example
-from restitch.modeling.pretrained import load_tokenizer
+from restitch.modeling.pretrained_files import load_tokenizer
 
 # The embedding at this index is read and has no effect: it stands after all tokens that count.
 PADDING = 0

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from restitch.registry.specs.task import Modality
+from restitch.registry.specs.data import Modality
 
 _LAYERS = 2
 _SECONDS = 1.0

@@ -22,7 +22,7 @@ from restitch.merging.errors import BadInput, shortlist
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import without_wrappers
 from restitch.modeling.configs import read_config
-from restitch.modeling.pretrained import named_tensors
+from restitch.modeling.tensor_names import named_tensors
 
 # The name that transformers writes for the one output of a regression.
 _NUMBER = ("LABEL_0",)

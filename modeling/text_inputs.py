@@ -12,7 +12,7 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.configs import read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
-from restitch.modeling.pretrained import load_tokenizer
+from restitch.modeling.pretrained_files import load_tokenizer
 
 # What files of encoders and decoders may carry before all of their names.
 PREFIXES = (

@@ -21,8 +21,8 @@ from restitch.modeling.device import device
 from restitch.modeling.evaluation import by_row, units_of
 from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.heads import Head
+from restitch.registry.specs.head import GenerateSpec, HeadSpec
 from restitch.registry.specs.prompt import MASK, prompt_columns
-from restitch.registry.specs.task import GenerateSpec, HeadSpec
 from restitch.serving.served_version import ServedTask, ServedVersion
 from restitch.serving.version_folder import version_folder
 

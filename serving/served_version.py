@@ -16,16 +16,18 @@ from restitch.merging.errors import Unavailable
 from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.heads import head_key, listed
 from restitch.registry.home import Home
+from restitch.registry.ledger.finetuned_models import ModelRef, Number
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, ModelRef, Number
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.measurements import Digest
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.ledger.versions import find_version
 from restitch.registry.record import Record
 from restitch.registry.sources.resolve import resolve_source
+from restitch.registry.specs.head import HeadSpec
 from restitch.registry.specs.line import Compute, SpaceSpec
 from restitch.registry.specs.metric import MetricName
-from restitch.registry.specs.task import HeadSpec, TaskSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.disk import explained, write_durably
 from restitch.registry.store.objects import ObjectStore
 

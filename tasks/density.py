@@ -20,7 +20,7 @@ from restitch.merging.localize.dataless import kept_count
 from restitch.merging.numerics.bisection import geometric
 from restitch.merging.numerics.bitwise import gather, scatter
 from restitch.merging.ranking.top_k import Scores, top_k
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.specs.localize import DEFAULT_DENSITY, LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base

@@ -13,18 +13,14 @@ from restitch.modeling.data.task_data import stratified
 from restitch.modeling.device import device
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.evaluation import evaluate as run_evaluation
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, open_base
 from restitch.tasks.inputs.live_base import live_base
 from restitch.tasks.inputs.reported_rows import reported_rows, rows_to_choose_by
-from restitch.tasks.inputs.task_data import (
-    evaluation_split,
-    head_inputs,
-    task_head,
-    verified_data,
-)
+from restitch.tasks.inputs.task_data import evaluation_split, verified_data
+from restitch.tasks.inputs.task_head import head_inputs, task_head
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, ResultRef, WeightsRef

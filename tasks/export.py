@@ -10,7 +10,7 @@ from typing import Any
 
 from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.files.export import copy_file, planned_files, write_file, write_index
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.specs.line import LineSpec
 from restitch.tasks.inputs.checkpoints import open_base, open_sparse
 from restitch.tasks.runtime.console import working

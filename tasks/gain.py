@@ -7,10 +7,11 @@ trained: its labels, prompts, inputs, head or tokenizer differ.
 from restitch.merging.errors import GateFailed, shortlist
 from restitch.modeling.families.family import get_family
 from restitch.modeling.family_choice import with_task_heads
-from restitch.registry.ledger.line_state import ModelFacts
+from restitch.registry.ledger.finetuned_models import ModelFacts
 from restitch.registry.ledger.measurements import Gain, ResultRef, compared
 from restitch.registry.record import Interval
-from restitch.registry.specs.task import GenerateSpec, TaskSpec
+from restitch.registry.specs.head import GenerateSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.compare_results import read_evaluation, verdict_of
 from restitch.tasks.runtime.refs import LineRef

@@ -27,7 +27,7 @@ from restitch.merging.progress import Progress
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.device import device
 from restitch.modeling.gradients import checkpointed
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord

@@ -27,17 +27,13 @@ from restitch.modeling.device import device
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.gradients import precision
 from restitch.modeling.heads import Head
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base
 from restitch.tasks.inputs.live_base import LiveBase, live_base
-from restitch.tasks.inputs.task_data import (
-    reading_inputs,
-    task_head,
-    train_has_labels,
-    verified_data,
-)
+from restitch.tasks.inputs.task_data import train_has_labels, verified_data
+from restitch.tasks.inputs.task_head import reading_inputs, task_head
 from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.free_memory import Part
 from restitch.tasks.runtime.refs import LineRef

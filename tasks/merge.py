@@ -23,7 +23,7 @@ from restitch.merging.rules.stitch import VERSION as STITCHING_VERSION
 from restitch.merging.rules.stitch import DeltaMember, split_names, write_patch
 from restitch.merging.statistics.statistic_file import open_statistic
 from restitch.modeling.device import device
-from restitch.registry.ledger.line_state import Member, ModelRef
+from restitch.registry.ledger.finetuned_models import Member, ModelRef
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import Base, open_base

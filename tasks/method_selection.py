@@ -16,7 +16,7 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.modeling.evaluation import Evaluation
 from restitch.modeling.families.family import Family
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.specs.method import ObjectiveSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import Exam, choice_inputs

@@ -17,12 +17,12 @@ from typing import Any
 from restitch.merging.files.edits import Edits
 from restitch.merging.numerics.bisection import smallest
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.ledger.measurements import recovered_share
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs.checkpoints import Base
-from restitch.tasks.inputs.task_data import reading_inputs
+from restitch.tasks.inputs.task_head import reading_inputs
 from restitch.tasks.localizers import split_digests
 from restitch.tasks.runtime.console import say, warn, working
 from restitch.tasks.runtime.refs import WeightsRef

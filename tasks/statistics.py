@@ -37,7 +37,7 @@ from restitch.merging.statistics.statistic_file import (
 )
 from restitch.modeling.device import device
 from restitch.modeling.weights import linear_layers, restore
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import Base, open_base

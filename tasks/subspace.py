@@ -26,7 +26,7 @@ from restitch.merging.numerics.bisection import geometric
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.device import device
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.specs.localize import DEFAULT_RANK, LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base

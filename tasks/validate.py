@@ -16,7 +16,7 @@ from restitch.modeling.family_choice import check_finetuned
 from restitch.modeling.preprocessing import compare_preprocessing, unused_modules
 from restitch.modeling.tensor_location import place_of
 from restitch.registry.access_policy import AccessDenied
-from restitch.registry.ledger.line_state import ModelRef, TensorGroup
+from restitch.registry.ledger.finetuned_models import ModelRef, TensorGroup
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, line_up, open_base, open_model
 from restitch.tasks.inputs.heads import check_task_head

@@ -22,9 +22,11 @@ from restitch.modeling.data.imagenet import openai_imagenet
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
+from restitch.registry.specs.data import DataSpec
+from restitch.registry.specs.head import HeadSpec
 from restitch.registry.specs.paper import Paper
 from restitch.registry.specs.prompt import MASK
-from restitch.registry.specs.task import DataSpec, HeadSpec, TaskSpec
+from restitch.registry.specs.task import TaskSpec
 from tests.hub_server import FakeHub
 from tests.tiny_models import (
     WORDS,

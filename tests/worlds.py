@@ -19,7 +19,7 @@ from PIL import Image
 
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.tiny_models import tiny_bert, tiny_clip, tweaked
 
 BLOCKS = ("*encoder.layer.*",)

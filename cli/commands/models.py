@@ -17,7 +17,7 @@ from restitch.cli.render.audit import decided
 from restitch.cli.render.formats import console
 from restitch.merging.errors import UsageError
 from restitch.registry.home import Home
-from restitch.registry.ledger.line_state import NO_GAIN, PREPROCESSING
+from restitch.registry.ledger.finetuned_models import NO_GAIN, PREPROCESSING
 
 
 class Alias(StrEnum):

@@ -16,7 +16,7 @@ from restitch.cli.render.formats import (
 )
 from restitch.cli.render.lines import paused, remerged, results
 from restitch.flows.promotion.lost_skill import needed_tensors
-from restitch.registry.ledger.line_state import ModelFacts
+from restitch.registry.ledger.finetuned_models import ModelFacts
 from restitch.registry.ledger.measurements import (
     Gain,
     ResultRef,

@@ -21,16 +21,16 @@ from restitch.flows.lines.declare_task import declared_spec, present, resolved
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.access_policy import AccessDenied, check_path
-from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import (
+from restitch.registry.ledger.finetuned_models import (
     NO_GAIN,
     UNREAD,
-    LineState,
     ModelFacts,
     ModelKey,
     ModelRef,
     ModelVersion,
 )
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.measurements import Acceptance, decisions
 from restitch.registry.ledger.records import Kind
 from restitch.registry.mlflow.external_models import (

@@ -14,8 +14,9 @@ from restitch.flows.outcome import Outcome
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method
 from restitch.modeling.families.family import get_family
+from restitch.registry.ledger.finetuned_models import ModelRef, State, Task
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, ModelRef, State, Task
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import open_base

@@ -20,8 +20,9 @@ from restitch.modeling.families.family import family_names, get_family
 from restitch.modeling.family_choice import check_base, proposal
 from restitch.modeling.kinds import model_kind
 from restitch.registry.gates.registry import GATES
+from restitch.registry.ledger.finetuned_models import Removal
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, Removal
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.sources.resolve import COPY_SCHEME, resolve_source
 from restitch.registry.specs.files import NoFamily, NoMethod, line_of, load_line
 from restitch.registry.specs.in_words import changed

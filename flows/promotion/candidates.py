@@ -18,7 +18,8 @@ from restitch.merging.recipe import Recipe
 from restitch.registry.gates.gate import Drop, GateOutcome, Measured, NotMeasured
 from restitch.registry.gates.max_task_drop import MaxTaskDrop
 from restitch.registry.gates.registry import check_gates
-from restitch.registry.ledger.line_state import LineState, Member, ModelRef
+from restitch.registry.ledger.finetuned_models import Member, ModelRef
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.measurements import Acceptance, Gain, decisions
 from restitch.registry.ledger.records import (
     DataUsed,

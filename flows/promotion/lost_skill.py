@@ -13,7 +13,7 @@ from typing import Any
 from restitch.registry.gates.gate import Drop, GateOutcome
 from restitch.registry.gates.max_task_drop import MaxTaskDrop
 from restitch.registry.gates.min_normalized import MinNormalized
-from restitch.registry.ledger.line_state import Addition, Member, ModelFacts
+from restitch.registry.ledger.finetuned_models import Addition, Member, ModelFacts
 from restitch.registry.ledger.records import TaskResult
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.localize import LocalizeSpec

@@ -1,7 +1,8 @@
 """Whether the masks of models belong to the line's present settings."""
 
 from restitch.merging.digests import digest_json
-from restitch.registry.ledger.line_state import LineState, ModelVersion
+from restitch.registry.ledger.finetuned_models import ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.specs.line import LineSpec
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from restitch.merging.methods.registry import get_method
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec

@@ -7,8 +7,9 @@ a member of the champion that has shown its skill before stays: the change may b
 
 from dataclasses import dataclass
 
+from restitch.registry.ledger.finetuned_models import NO_GAIN, ModelFacts, ModelKey, State
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import NO_GAIN, LineState, ModelFacts, ModelKey, State
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.measurements import compared, decisions, unexpected
 from restitch.tasks.gain import why_held
 from restitch.tasks.runtime.refs import LineRef

@@ -8,8 +8,9 @@ from restitch.flows.promotion.masks import needs_new_mask
 from restitch.flows.promotion.method_selection import earlier_selection
 from restitch.flows.promotion.versions import member_of, members_of
 from restitch.merging.digests import digest_json
+from restitch.registry.ledger.finetuned_models import Member, ModelKey, ModelVersion
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, Member, ModelKey, ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.task import TaskSpec

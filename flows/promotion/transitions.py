@@ -13,8 +13,9 @@ from restitch.flows.promotion.lost_skill import why_not_joined
 from restitch.flows.promotion.pauses import check_not_paused
 from restitch.flows.promotion.snapshot import CIRCUMSTANCES, Snapshot, find_rejection
 from restitch.registry.gates.gate import GateOutcome
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, Member
+from restitch.registry.ledger.line_state import LineState
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.notify import notify
 from restitch.tasks.runtime.workspace import actor

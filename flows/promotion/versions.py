@@ -1,8 +1,9 @@
 """Find the version that a user names, and its members; check task names."""
 
 from restitch.merging.errors import BadInput
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, Member
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.ledger.versions import find_version
 from restitch.tasks.runtime.workspace import workspace

@@ -11,7 +11,7 @@ from typing import Any
 
 from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.merging.methods.registry import Method, get_method, resolve_settings
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.method import MethodSpec

@@ -18,7 +18,7 @@ from restitch.flows.promotion.snapshot import Snapshot, take_snapshot
 from restitch.flows.research.study_output import StudyOutcome, publish_study
 from restitch.merging.errors import BadInput, unknown_name
 from restitch.modeling.families.family import Family, get_family
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.localizers import LOCALIZERS, lacks

@@ -21,7 +21,7 @@ from restitch.flows.promotion.what_if import prepare
 from restitch.flows.research.study_output import StudyOutcome, as_csv, publish_study
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.methods.registry import Method, get_method, method_names
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.ledger.records import MergedRecord, TaskResult, mean_of
 from restitch.registry.ledger.references import SPECIALISTS
 from restitch.registry.specs.metric import mean_share

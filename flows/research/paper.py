@@ -19,7 +19,7 @@ from restitch.flows.research.compare import Comparison, MergedResult, Specialist
 from restitch.flows.research.paper_plan import registered_tasks
 from restitch.flows.research.study_output import StudyOutcome, as_csv, publish_study
 from restitch.merging.errors import BadInput, CannotJoin
-from restitch.registry.ledger.line_state import NO_GAIN
+from restitch.registry.ledger.finetuned_models import NO_GAIN
 from restitch.registry.ledger.records import mean_of
 from restitch.registry.specs.metric import METRICS, mean_share
 from restitch.registry.specs.paper import BASE, FINETUNED, Paper, PublishedRow, load_paper

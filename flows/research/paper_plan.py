@@ -18,11 +18,13 @@ from restitch.merging.statistics.statistic_file import COEFFICIENTS, FISHER, GRA
 from restitch.modeling.device import device
 from restitch.modeling.families.family import get_family
 from restitch.modeling.short_pass import ShortPass, short_pass
+from restitch.registry.ledger.finetuned_models import ModelVersion
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.sources.hub import config_on_hub, is_read, sizes_on_hub
+from restitch.registry.specs.hub_id import is_hub_id, split_pin
 from restitch.registry.specs.paper import Paper
-from restitch.registry.specs.task import TaskSpec, is_hub_id, split_pin
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.task_data import same_task
 from restitch.tasks.research.tune import MOST_ROWS
 from restitch.tasks.runtime.free_memory import free_memory

@@ -23,14 +23,15 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, shortlist
 from restitch.merging.files.delta import open_delta
 from restitch.modeling.families.family import get_family
+from restitch.registry.ledger.finetuned_models import ModelKey, Removal
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, ModelKey, Removal
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.references import COPY_SCHEME, PURGED
 from restitch.registry.maintenance.inventory import Inventory, purged_objects
 from restitch.registry.sources.resolve import discard_folder
 from restitch.registry.store.deletion_notice import deletion_notice
 from restitch.tasks.inputs.checkpoints import open_base
-from restitch.tasks.inputs.task_data import head_inputs
+from restitch.tasks.inputs.task_head import head_inputs
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace

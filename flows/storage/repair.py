@@ -23,8 +23,8 @@ from restitch.flows.storage.store_check import (
 )
 from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import Damage, RestitchError, Unavailable
+from restitch.registry.ledger.finetuned_models import ModelVersion
 from restitch.registry.ledger.ledger import Ledger, state_after
-from restitch.registry.ledger.line_state import ModelVersion
 from restitch.registry.ledger.records import Entry
 from restitch.registry.ledger.references import MLFLOW_SCHEMES, SPECIALISTS
 from restitch.registry.maintenance.inventory import Inventory, mentioned_digests

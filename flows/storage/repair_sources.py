@@ -20,8 +20,9 @@ from restitch.merging.digests import canonical_json, digest_file
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.ledger.ledger import state_after
-from restitch.registry.ledger.line_state import LineState, ModelRef
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import COPY_SCHEME, SPECIALISTS, Reference

@@ -8,7 +8,7 @@ import numpy as np
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.tables import Table
 from restitch.modeling.data.texts import text_of
-from restitch.registry.specs.task import check_choices
+from restitch.registry.specs.head import check_choices
 
 _SHOWN = 80
 _MOST_DIGITS = 9

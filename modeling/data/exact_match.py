@@ -9,7 +9,7 @@ around a text never counts.
 import re
 import string
 
-from restitch.registry.specs.task import GenerateSpec
+from restitch.registry.specs.head import GenerateSpec
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -21,8 +21,8 @@ import yaml
 
 from restitch.merging.errors import BadInput, RestitchError, shortlist
 from restitch.modeling.data.exact_match import right_text, without_ignored
+from restitch.registry.specs.head import GenerateSpec, Score, TextUnit
 from restitch.registry.specs.strict_yaml import checked
-from restitch.registry.specs.task import GenerateSpec, Score, TextUnit
 
 EXTRA = "restitch[lm-eval]"
 VERSION = "0.4.13"

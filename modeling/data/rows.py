@@ -21,8 +21,9 @@ from restitch.modeling.data.labels import Classes, class_indices
 from restitch.modeling.data.numbers import numbers
 from restitch.modeling.data.tables import ListTable, Table
 from restitch.modeling.data.texts import answers_of, text_of
+from restitch.registry.specs.data import Modality
+from restitch.registry.specs.head import TextUnit
 from restitch.registry.specs.prompt import fill_in, parts_at_mask
-from restitch.registry.specs.task import Modality, TextUnit
 
 _SPACE = re.compile(r"\s+")
 

@@ -18,7 +18,7 @@ from restitch.modeling.data.images import named_file
 from restitch.modeling.data.locate import locate
 from restitch.modeling.data.location import Location
 from restitch.modeling.data.records import read_records
-from restitch.registry.specs.task import Modality
+from restitch.registry.specs.data import Modality
 
 # The column of `datasets` that names the image of a row.
 FILE_NAME = "file_name"

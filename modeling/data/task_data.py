@@ -26,8 +26,9 @@ from restitch.modeling.data.tables import (
     open_table,
     split_origin,
 )
+from restitch.registry.specs.data import DataSpec, Modality
+from restitch.registry.specs.hub_id import split_pin
 from restitch.registry.specs.prompt import MASK
-from restitch.registry.specs.task import DataSpec, Modality, split_pin
 
 SPLITS = ("train", "validation", "test")
 HOLDOUT_SHARE = 0.2

@@ -40,11 +40,8 @@ from restitch.modeling.generation import generated
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind
 from restitch.modeling.language_model import LanguageModel
-from restitch.modeling.pretrained import (
-    NamedModel,
-    language_model_files,
-    load_tokenizer,
-)
+from restitch.modeling.pretrained import NamedModel
+from restitch.modeling.pretrained_files import language_model_files, load_tokenizer
 from restitch.modeling.questions import (
     PADDING,
     Question,

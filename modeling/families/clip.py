@@ -30,12 +30,10 @@ from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
 from restitch.modeling.image_inputs import image_preprocessor
 from restitch.modeling.kinds import Kind
-from restitch.modeling.pretrained import (
-    NamedModel,
-    load_pretrained,
-    load_tokenizer,
-)
-from restitch.registry.specs.task import HeadSpec, Modality
+from restitch.modeling.pretrained import NamedModel, load_pretrained
+from restitch.modeling.pretrained_files import load_tokenizer
+from restitch.registry.specs.data import Modality
+from restitch.registry.specs.head import HeadSpec
 
 # Keys that affect the text tower only, never the features of images.
 _TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})

@@ -27,10 +27,11 @@ from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Example
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind
-from restitch.modeling.pretrained import asset_files
+from restitch.modeling.pretrained_files import asset_files
 from restitch.modeling.task_heads import TaskHeads
+from restitch.registry.specs.data import Modality
+from restitch.registry.specs.head import HeadSpec
 from restitch.registry.specs.metric import MetricName
-from restitch.registry.specs.task import HeadSpec, Modality
 
 GROUP = "restitch.families"
 Batch = dict[str, Tensor]

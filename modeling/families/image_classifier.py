@@ -13,7 +13,8 @@ from restitch.modeling.families.family import Preprocess
 from restitch.modeling.image_inputs import image_preprocessor
 from restitch.modeling.kinds import Kind
 from restitch.modeling.task_heads import ClassifierHeads
-from restitch.registry.specs.task import HeadSpec, Modality
+from restitch.registry.specs.data import Modality
+from restitch.registry.specs.head import HeadSpec
 
 _BLOCKS = (
     "encoder.layer.[0-9]*",

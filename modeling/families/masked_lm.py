@@ -35,12 +35,8 @@ from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind
 from restitch.modeling.language_model import LanguageModel
-from restitch.modeling.pretrained import (
-    NamedModel,
-    has_tokenizer,
-    load_tokenizer,
-    missing_outside_of_blocks,
-)
+from restitch.modeling.pretrained import NamedModel, missing_outside_of_blocks
+from restitch.modeling.pretrained_files import has_tokenizer, load_tokenizer
 from restitch.modeling.questions import (
     Question,
     check_answers,

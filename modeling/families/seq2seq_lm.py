@@ -40,13 +40,8 @@ from restitch.modeling.generation import generated
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind
 from restitch.modeling.language_model import LanguageModel
-from restitch.modeling.pretrained import (
-    GENERATION,
-    NamedModel,
-    language_model_files,
-    load_tokenizer,
-    missing_outside_of_blocks,
-)
+from restitch.modeling.pretrained import NamedModel, missing_outside_of_blocks
+from restitch.modeling.pretrained_files import GENERATION, language_model_files, load_tokenizer
 from restitch.modeling.questions import (
     Question,
     QuestionText,

@@ -26,8 +26,9 @@ from restitch.modeling.text_inputs import (
     text_limit,
     text_preprocessor,
 )
+from restitch.registry.specs.data import Modality
+from restitch.registry.specs.head import HeadSpec
 from restitch.registry.specs.metric import MetricName
-from restitch.registry.specs.task import HeadSpec, Modality
 
 
 class TextClassifier(Classifier):

@@ -21,7 +21,8 @@ from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
 from restitch.modeling.kinds import Kind, model_kind
 from restitch.modeling.pretrained import NamedModel, load_pretrained
 from restitch.modeling.text_inputs import BLOCKS, PREFIXES, text_limit, text_preprocessor
-from restitch.registry.specs.task import HeadSpec, Modality
+from restitch.registry.specs.data import Modality
+from restitch.registry.specs.head import HeadSpec
 
 DEFAULT_SCALE = 20.0
 

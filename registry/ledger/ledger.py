@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, Damage, Unavailable
-from restitch.registry.ledger.line_state import LineState, ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import (
     Entry,
     Kind,

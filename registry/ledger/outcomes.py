@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import Literal
 
-from restitch.registry.ledger.line_state import ModelKey, Removal
+from restitch.registry.ledger.finetuned_models import ModelKey, Removal
 from restitch.registry.ledger.records import Entry, MergedRecord
 
 # champion: in use. candidate: the newest version that passed its gates and waits. former champion:

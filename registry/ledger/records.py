@@ -14,7 +14,8 @@ from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_seri
 
 from restitch.merging.digests import canonical_json, digest_bytes
 from restitch.registry.gates.gate import Drop, GateOutcome, Verdict
-from restitch.registry.ledger.line_state import LineState, MemberFacts, Number
+from restitch.registry.ledger.finetuned_models import MemberFacts, Number
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.measurements import Digest, Gain
 from restitch.registry.record import Interval, Record
 from restitch.registry.specs.metric import METRICS, mean_share

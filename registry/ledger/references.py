@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
+from restitch.registry.ledger.finetuned_models import ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry, MergedRecord
 
 # record: of a merged version. result: an evaluation. manifest: the list of a model's files.

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from restitch.registry.ledger.line_state import MlflowVersion
+from restitch.registry.ledger.finetuned_models import MlflowVersion
 from restitch.registry.mlflow import projection
 from restitch.registry.mlflow.connection import mlflow_explained
 from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.mlflow.writer import or_none, pages
-from restitch.registry.specs.task import NAME
+from restitch.registry.specs.name import NAME
 
 # The tag by which a training job describes the task: a path of a task file, or its YAML.
 TASK_TAG = "restitch.task"

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from restitch.merging.digests import canonical_json
-from restitch.registry.ledger.line_state import NO_GAIN, MlflowVersion, ModelVersion
+from restitch.registry.ledger.finetuned_models import NO_GAIN, MlflowVersion, ModelVersion
 from restitch.registry.ledger.outcomes import headline, merges_about, touched_merges, touched_models
 from restitch.registry.ledger.records import Entry
 

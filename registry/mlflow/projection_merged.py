@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import counted, shortlist
-from restitch.registry.ledger.line_state import Removal
+from restitch.registry.ledger.finetuned_models import Removal
 from restitch.registry.ledger.outcomes import Outcome, merges_about
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.mlflow.projection import (

@@ -12,7 +12,7 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.access_policy import check_hub
 from restitch.registry.redaction import first_line
 from restitch.registry.sources.model_files import MODEL_FILES, SKIPPED_FILES, convert
-from restitch.registry.specs.task import split_pin
+from restitch.registry.specs.hub_id import split_pin
 
 # What is fetched of a model, in the words of huggingface_hub.
 _MODEL_FILES: dict[str, Any] = {

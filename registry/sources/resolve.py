@@ -35,7 +35,7 @@ from restitch.registry.sources.model_files import (
     model_folder,
     readable_files,
 )
-from restitch.registry.specs.task import is_hub_id, split_pin
+from restitch.registry.specs.hub_id import is_hub_id, split_pin
 from restitch.registry.store.disk import explained
 from restitch.registry.store.objects import ObjectStore
 from restitch.registry.store.read_cache import ReadCache

@@ -8,7 +8,7 @@ from restitch.merging.adapters.config import CONFIG as ADAPTER_CONFIG
 from restitch.merging.digests import digest_file, digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 
 # Larger than any vocabulary; a sparse file of a terabyte is easy to make.
 MOST_ASSET = 1 << 28

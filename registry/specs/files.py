@@ -14,11 +14,13 @@ from typing import Any
 from restitch.merging.errors import BadInput
 from restitch.registry.access_policy import check_path
 from restitch.registry.paths import is_there, named_path
+from restitch.registry.specs.hub_id import is_hub_id
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.mergekit import from_mergekit, is_mergekit
+from restitch.registry.specs.name import NAME
 from restitch.registry.specs.once import MergeSpec
 from restitch.registry.specs.strict_yaml import checked, parse_mapping, read_text
-from restitch.registry.specs.task import NAME, TaskSpec, is_hub_id
+from restitch.registry.specs.task import TaskSpec
 
 _MAX_LABEL_FILE = 16 << 20
 

@@ -12,9 +12,11 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from restitch.merging.errors import BadInput
 from restitch.registry.specs.base import InFile, Spec, Text
 from restitch.registry.specs.gates import GatesSpec
+from restitch.registry.specs.hub_id import keep_pin
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.method import AnyMethod, MethodSpec, TournamentSpec
-from restitch.registry.specs.task import Name, TaskSpec, keep_pin
+from restitch.registry.specs.name import Name
+from restitch.registry.specs.task import TaskSpec
 
 DEFAULT_CRON = "*/15 * * * *"
 DEFAULT_TIMEZONE = "UTC"

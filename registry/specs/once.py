@@ -6,7 +6,7 @@ from pydantic import Field, JsonValue, field_validator
 
 from restitch.registry.specs.base import InFile, Spec, Text
 from restitch.registry.specs.method import MethodSpec
-from restitch.registry.specs.task import Name
+from restitch.registry.specs.name import Name
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)

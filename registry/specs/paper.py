@@ -17,8 +17,9 @@ from restitch.merging.errors import BadInput, unknown_name
 from restitch.registry.specs.base import Count, Spec, Text
 from restitch.registry.specs.files import line_of, load_task, task_of
 from restitch.registry.specs.line import LineSpec
+from restitch.registry.specs.name import Name
 from restitch.registry.specs.strict_yaml import checked, parse_mapping, read_text
-from restitch.registry.specs.task import Name, TaskSpec
+from restitch.registry.specs.task import TaskSpec
 
 # Stands for the name of a task in `models`.
 TASK = "{task}"

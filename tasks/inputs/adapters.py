@@ -19,13 +19,13 @@ from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.shards import MERGE_ADAPTER, holds_adapter
 from restitch.modeling.families.family import Family
-from restitch.modeling.pretrained import present_names
+from restitch.modeling.tensor_names import present_names
 from restitch.registry.access_policy import check_path
 from restitch.registry.home import Home
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.paths import is_there, named_path
 from restitch.registry.sources.resolve import cached_folder
-from restitch.registry.specs.task import split_pin
+from restitch.registry.specs.hub_id import split_pin
 
 _CONFIG = "config.json"
 

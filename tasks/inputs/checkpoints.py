@@ -31,7 +31,7 @@ from restitch.modeling.families.family import (
     loads_in_any_type,
 )
 from restitch.modeling.family_choice import check_base
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
 from restitch.registry.sources.vectors import ones_of, vector_space
 from restitch.registry.sources.verified import (

@@ -8,14 +8,15 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.modeling.families.family import Family
 from restitch.modeling.heads import listed
-from restitch.registry.ledger.line_state import LineState, ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.specs.strict_yaml import checked
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.adapters import is_adapter
 from restitch.tasks.inputs.checkpoints import Base, open_base, open_model
 from restitch.tasks.inputs.live_base import live_base
-from restitch.tasks.inputs.task_data import head_inputs, stored_head, task_head
+from restitch.tasks.inputs.task_head import head_inputs, stored_head, task_head
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace
 

@@ -9,7 +9,8 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.lm_eval_tasks import LmEvalTask, read_lm_eval
 from restitch.registry.access_policy import check_path
-from restitch.registry.specs.task import DataSpec, TaskSpec
+from restitch.registry.specs.data import DataSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.runtime.console import say, working
 from restitch.tasks.runtime.workspace import workspace
 

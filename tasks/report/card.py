@@ -11,7 +11,8 @@ from typing import Any
 from restitch.merging.adapters.checkpoint import WEIGHTS
 from restitch.merging.digests import canonical_json
 from restitch.modeling.licence import Licence
-from restitch.registry.ledger.line_state import LineState, State, TensorGroup
+from restitch.registry.ledger.finetuned_models import State, TensorGroup
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.measurements import shortfall
 from restitch.registry.ledger.records import MergedRecord, TaskResult
 from restitch.registry.record import Interval

@@ -9,8 +9,8 @@ from restitch.modeling.licence import Licence
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.redaction import without_credentials
+from restitch.registry.specs.hub_id import is_hub_id, split_pin
 from restitch.registry.specs.metric import MetricName
-from restitch.registry.specs.task import is_hub_id, split_pin
 from restitch.tasks.report.provenance import Provenance
 
 TAGS = ("merge", "model-merging", "restitch")

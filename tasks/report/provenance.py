@@ -16,7 +16,7 @@ from restitch.registry.access_policy import check_path
 from restitch.registry.ledger.outcomes import merges_about, touched_merges
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.sources.resolve import COPY_SCHEME, MLFLOW_SCHEMES
-from restitch.registry.specs.task import is_hub_id, split_pin
+from restitch.registry.specs.hub_id import is_hub_id, split_pin
 from restitch.registry.store.objects import ObjectStore
 
 

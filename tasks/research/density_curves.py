@@ -21,7 +21,7 @@ from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import top_k
 from restitch.merging.rules.stitch import DeltaMember, sparse_delta
 from restitch.modeling.evaluation import Evaluation
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.tasks.density import Grafted
 from restitch.tasks.evaluate import Exam, result_inputs
 from restitch.tasks.inputs.checkpoints import Base, open_base, open_vector

@@ -26,12 +26,13 @@ from restitch.modeling.families.family import Family
 from restitch.modeling.finetuning import VERSION, FinetuningSettings
 from restitch.modeling.finetuning import finetune as learn
 from restitch.modeling.weights import apply_edits, restore
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse
 from restitch.tasks.inputs.live_base import LiveBase, live_base, memory_explained
-from restitch.tasks.inputs.task_data import reading_inputs, verified_data
+from restitch.tasks.inputs.task_data import verified_data
+from restitch.tasks.inputs.task_head import reading_inputs
 from restitch.tasks.localizers import OpenCalibration, lacks, split_digests
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step

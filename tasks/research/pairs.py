@@ -21,7 +21,7 @@ from restitch.merging.files.delta import Delta, open_delta
 from restitch.merging.localize.live_weights import requiring_gradients
 from restitch.merging.rules.merge_inputs import member_vector
 from restitch.modeling.evaluation import Evaluation
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.ledger.records import MergedRecord, TaskResult
 from restitch.tasks.evaluate import Exam, result_inputs
 from restitch.tasks.inputs.checkpoints import Base, open_base

@@ -6,7 +6,7 @@ import time
 from restitch.merging.digests import digest_json
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.modeling.device import device
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.tasks.merge import make_recipe, write_patch_of
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef

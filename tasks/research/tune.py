@@ -16,11 +16,12 @@ from restitch.merging.methods.registry import Method, get_method
 from restitch.merging.recipe import Recipe
 from restitch.modeling.device import device
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs.checkpoints import Base, open_base
 from restitch.tasks.inputs.live_base import LiveBase, live_base
-from restitch.tasks.inputs.task_data import has_validation, head_inputs
+from restitch.tasks.inputs.task_data import has_validation
+from restitch.tasks.inputs.task_head import head_inputs
 from restitch.tasks.merge import make_recipe, recipe_edits
 from restitch.tasks.research.experts import recipe_experts
 from restitch.tasks.runtime.console import working

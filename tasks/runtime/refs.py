@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from restitch.registry.ledger.line_state import ModelRef, TensorGroup
+from restitch.registry.ledger.finetuned_models import ModelRef, TensorGroup
 from restitch.registry.ledger.measurements import ResultRef as ResultRef
 from restitch.registry.specs.line import LineSpec
 

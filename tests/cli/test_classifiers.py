@@ -22,7 +22,7 @@ from transformers import (
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from restitch.tasks.gain import likely_causes
 from restitch.tasks.runtime.refs import LineRef
 from tests.conftest import NewHome, leave_mlflow_alone

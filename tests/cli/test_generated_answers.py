@@ -13,7 +13,7 @@ from restitch.flows.research.study import STUDIES
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
-from restitch.registry.specs.task import GenerateSpec, HeadSpec
+from restitch.registry.specs.head import GenerateSpec, HeadSpec
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.tiny_models import tiny_decoder, tweaked

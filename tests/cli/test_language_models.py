@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.tiny_models import CHAT, tiny_bert, tiny_decoder, tweaked

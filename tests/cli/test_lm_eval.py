@@ -13,7 +13,8 @@ from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
-from restitch.registry.specs.task import GenerateSpec, HeadSpec, TaskSpec
+from restitch.registry.specs.head import GenerateSpec, HeadSpec
+from restitch.registry.specs.task import TaskSpec
 from tests.shell import Shell
 from tests.tiny_models import tiny_decoder, tweaked
 from tests.worlds import World, write_rows, write_yaml

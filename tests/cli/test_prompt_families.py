@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM,
 from restitch.modeling.data.rows import Prompt, Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.families.family import get_family
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.conftest import NewHome, leave_mlflow_alone
 from tests.shell import Shell
 from tests.tiny_models import tiny_masked, tiny_seq2seq, tweaked

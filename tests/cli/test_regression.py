@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.conftest import NewHome, leave_mlflow_alone
 from tests.shell import Shell
 from tests.tiny_models import tiny_classifier, tiny_encoder

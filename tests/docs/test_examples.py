@@ -14,8 +14,8 @@ import yaml
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.registry.specs.files import load_line, load_task
+from restitch.registry.specs.head import HeadSpec
 from restitch.registry.specs.schema import schema_of
-from restitch.registry.specs.task import HeadSpec
 from tests.shell import ROOT
 from tests.tiny_models import tiny_bert, tiny_decoder, tweaked
 from tests.worlds import BLOCKS, write_rows

@@ -11,8 +11,9 @@ import pytest
 
 from restitch.merging.recipe import Recipe
 from restitch.merging.rules.stitch import write_patch
+from restitch.registry.ledger.finetuned_models import ModelKey
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, ModelKey
+from restitch.registry.ledger.line_state import LineState
 from tests.conftest import NewHome, Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, copied, write_yaml

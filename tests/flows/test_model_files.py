@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from restitch.registry.home import Home
-from restitch.registry.ledger.line_state import PREPROCESSING
+from restitch.registry.ledger.finetuned_models import PREPROCESSING
 from restitch.registry.mlflow.connection import connect
 from tests.conftest import NewHome
 from tests.shell import Shell

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from restitch.modeling.families.family import get_family
-from restitch.registry.ledger.line_state import Addition
+from restitch.registry.ledger.finetuned_models import Addition
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.tiny_models import tiny_siglip, tweaked, vision_tower

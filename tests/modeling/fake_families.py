@@ -21,8 +21,8 @@ from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind
 from restitch.modeling.task_heads import TaskHeads
+from restitch.registry.specs.head import HeadSpec
 from restitch.registry.specs.metric import MetricName
-from restitch.registry.specs.task import HeadSpec
 
 WIDTH = 8
 BYTES = 256

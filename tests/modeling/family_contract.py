@@ -29,7 +29,7 @@ from restitch.modeling.part_by_part import PartByPart
 from restitch.modeling.row_values import Bits
 from restitch.modeling.spread import Room, spread
 from restitch.modeling.weights import apply_edits, linear_layers, restore, set_weights
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 
 
 def grams_of(layers: Mapping[str, Any], rows: int, run: Run) -> dict[str, torch.Tensor]:

@@ -18,8 +18,8 @@ from restitch.modeling.evaluation import Evaluation, best, evaluate, summarize
 from restitch.modeling.families.family import get_family
 from restitch.modeling.row_values import Bits, Classes, Losses
 from restitch.modeling.significance import wilson
+from restitch.registry.specs.head import HeadSpec
 from restitch.registry.specs.metric import METRICS
-from restitch.registry.specs.task import HeadSpec
 from tests.modeling.conftest import png
 
 

@@ -14,7 +14,7 @@ from restitch.modeling.families.family import Batch, Family
 from restitch.modeling.families.text_encoder import TextEncoder
 from restitch.modeling.gradients import checkpointed, precision, repeated_layers
 from restitch.modeling.heads import Head
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 
 
 def text(folder: Path) -> tuple[Family, nn.Module, Batch, Head]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Damage
 from restitch.modeling.heads import Head, embed_prompts, head_key
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 
 SPEC = HeadSpec(labels=("a", "b"), templates=("{}", "the {}"), scale=3.0, max_length=7)
 

@@ -11,7 +11,8 @@ from restitch.merging.files.coordinates import select_tensors
 from restitch.modeling.data.task_data import TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
-from restitch.registry.specs.task import DataSpec, HeadSpec
+from restitch.registry.specs.data import DataSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.modeling.conftest import SHARED
 from tests.modeling.weights import load_checkpoint
 

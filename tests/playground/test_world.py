@@ -16,8 +16,10 @@ from playground.training import one_thread, pixels, zero_shot_head
 from restitch.merging.errors import BadInput, Unavailable, UsageError
 from restitch.modeling.data.task_data import Example, TaskData
 from restitch.modeling.families.clip import Clip
+from restitch.registry.specs.data import DataSpec
 from restitch.registry.specs.files import load_line, load_task
-from restitch.registry.specs.task import DataSpec, HeadSpec, TaskSpec
+from restitch.registry.specs.head import HeadSpec
+from restitch.registry.specs.task import TaskSpec
 
 
 def files(world: World) -> dict[str, bytes]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from restitch.merging.digests import digest_bytes
 from restitch.registry.home import Home
+from restitch.registry.ledger.finetuned_models import ModelRef, ModelVersion
 from restitch.registry.ledger.ledger import Act, Ledger
-from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedMember, MergedRecord, Retention, TaskResult
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.method import MethodSpec

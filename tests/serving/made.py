@@ -11,10 +11,10 @@ from restitch.merging.files.whole_weights import WholeWeights
 from restitch.merging.rules.stitch import write_patch
 from restitch.modeling.families.family import get_family
 from restitch.registry.home import Home
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.sources.verified import assets_digest
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from restitch.registry.store.format import mark_format
 from restitch.registry.store.objects import ObjectStore
 from restitch.serving.served_version import ServedTask, ServedVersion

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.task_data import open_split
-from restitch.registry.specs.task import DataSpec
+from restitch.registry.specs.data import DataSpec
 from tests.stress.hostile_files import damaged_bytes
 
 FORMS = ("csv", "tsv", "jsonl", "json", "parquet", "arrow")

@@ -20,7 +20,8 @@ from restitch.deployments.webhook import MAX_BYTES, Event, handle, sign
 from restitch.merging.errors import BadInput
 from restitch.registry.specs.files import load_line, load_task
 from restitch.registry.specs.line import LineSpec
-from restitch.registry.specs.task import NAME, TaskSpec
+from restitch.registry.specs.name import NAME
+from restitch.registry.specs.task import TaskSpec
 from tests.stress.hostile_files import JUNK, damaged_bytes
 
 LINE: dict[str, Any] = {

@@ -15,7 +15,7 @@ from restitch.merging.errors import CannotJoin
 from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.families.family import get_family
 from restitch.modeling.pretrained import NamedModel
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.finetuned_models import ModelRef
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model, open_base

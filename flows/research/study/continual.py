@@ -15,7 +15,7 @@ from typing import Any
 
 from restitch.flows.research.study.subject import NOT_TUNED, Study, Subject
 from restitch.merging.methods.registry import Method
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.research.finetune import finetune, lacks_labels
 from restitch.tasks.research.timing import merging_seconds

@@ -15,7 +15,7 @@ from restitch.flows.promotion.what_if import WhatIf, own_settings, prepare
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
 from restitch.modeling.families.family import Family, get_family
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.ledger.records import mean_of
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.evaluate import evaluate

@@ -12,7 +12,7 @@ from typing import Any
 
 from restitch.flows.research.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.ledger.records import mean_of
 from restitch.tasks.report.study_plots import Axes, points_plot
 from restitch.tasks.research.mask_analysis import analyze

@@ -11,7 +11,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from restitch.flows.research.study.subject import Study, Subject
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.ledger.records import mean_of
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.runtime.console import say

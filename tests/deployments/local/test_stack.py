@@ -19,7 +19,7 @@ import pytest
 
 from restitch.flows.onboard import attempts_at
 from restitch.modeling.device import device
-from restitch.registry.ledger.line_state import ModelKey
+from restitch.registry.ledger.finetuned_models import ModelKey
 from restitch.registry.mlflow.projection import DIGEST_TAG, STATE_TAG, VERSION_TAG
 from restitch.registry.store.attempts import Attempt, process_began
 from tests.conftest import Three

@@ -11,7 +11,7 @@ from restitch.flows.lines.adopt_mlflow import Adopted, adopt, adopt_one
 from restitch.flows.lines.declare_task import declare_task
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home
-from restitch.registry.ledger.line_state import NO_GAIN, UNREAD
+from restitch.registry.ledger.finetuned_models import NO_GAIN, UNREAD
 from restitch.registry.mlflow.connection import connect
 from restitch.registry.mlflow.projection import ACCEPT_TAG, DIGEST_TAG, VERSION_TAG
 from restitch.registry.mlflow.sync import MlflowProjection

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from restitch.flows.promotion.snapshot import take_snapshot
-from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
+from restitch.registry.ledger.finetuned_models import ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from tests.shell import Shell
 from tests.worlds import World, write_yaml
 

@@ -10,8 +10,8 @@ import yaml
 
 from restitch.flows import remerge as remerging
 from restitch.flows.onboard import onboard
+from restitch.registry.ledger.finetuned_models import ModelKey
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import ModelKey
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, write_rows, write_yaml

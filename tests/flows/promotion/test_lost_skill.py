@@ -8,7 +8,7 @@ from restitch.flows.promotion.lost_skill import needed_tensors, why_little, why_
 from restitch.registry.gates.gate import Drop
 from restitch.registry.gates.max_task_drop import MaxTaskDrop
 from restitch.registry.gates.min_normalized import MinNormalized
-from restitch.registry.ledger.line_state import Addition, Member, ModelFacts
+from restitch.registry.ledger.finetuned_models import Addition, Member, ModelFacts
 from restitch.registry.ledger.measurements import ResultRef
 from restitch.registry.ledger.records import TaskResult
 from restitch.registry.specs.task import TaskSpec

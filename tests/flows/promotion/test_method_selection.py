@@ -13,8 +13,8 @@ from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.registry.mlflow.sync import MlflowProjection
+from restitch.registry.specs.head import HeadSpec
 from restitch.registry.specs.method import TournamentSpec
-from restitch.registry.specs.task import HeadSpec
 from tests.cli.test_end_to_end import plain
 from tests.conftest import NewHome
 from tests.flows.test_localizing import SPLITS, add_with_splits, rows_of, with_splits

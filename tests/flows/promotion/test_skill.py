@@ -7,7 +7,7 @@ import pytest
 
 from restitch.deployments.local.doctor import examine
 from restitch.flows.onboard import onboard
-from restitch.registry.ledger.line_state import NO_GAIN
+from restitch.registry.ledger.finetuned_models import NO_GAIN
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.tiny_models import tweaked

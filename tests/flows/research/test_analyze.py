@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from restitch.merging.errors import Unavailable
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.finetuned_models import Member
 from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.localizers import Localizer, Ranking

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from restitch.flows.decisions import forget
 from restitch.flows.onboard import onboard_event
 from restitch.flows.storage import purge
+from restitch.registry.ledger.finetuned_models import ModelVersion
 from restitch.registry.ledger.ledger import Ledger, state_after
-from restitch.registry.ledger.line_state import LineState, ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedMember
 from restitch.registry.ledger.references import PURGED
 from restitch.registry.maintenance.inventory import in_use, purged_objects, take_inventory

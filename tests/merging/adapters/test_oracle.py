@@ -18,7 +18,7 @@ from transformers import (
 
 from restitch.merging.adapters.checkpoint import AdapterCheckpoint
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.modeling.pretrained import present_names
+from restitch.modeling.tensor_names import present_names
 from tests.merging.adapters.peft_folders import adapter_on, merged_by_peft
 from tests.tiny_models import tiny_bert, tiny_clip, tiny_decoder, tiny_image_model, tiny_seq2seq
 

@@ -18,7 +18,8 @@ from restitch.modeling.data.task_data import TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
 from restitch.modeling.weights import set_weights
-from restitch.registry.specs.task import DataSpec, HeadSpec
+from restitch.registry.specs.data import DataSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.modeling.conftest import SHARED, real_text
 from tests.modeling.weights import load_checkpoint
 

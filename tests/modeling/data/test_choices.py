@@ -12,7 +12,7 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Prompt, Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.data.task_data import TaskData, open_split
-from restitch.registry.specs.task import DataSpec
+from restitch.registry.specs.data import DataSpec
 
 PROMPT = Prompt("Q {q}\nA", "options")
 

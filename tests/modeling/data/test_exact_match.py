@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from restitch.modeling.data.exact_match import is_match
-from restitch.registry.specs.task import GenerateSpec
+from restitch.registry.specs.head import GenerateSpec
 
 NUMBER = {"extract": r"\d+"}
 SIGNED = {"extract": r"#### (\d+)"}

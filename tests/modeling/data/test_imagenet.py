@@ -16,7 +16,8 @@ from restitch.modeling.data.task_data import Rows, TaskData, data_digest, open_s
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
-from restitch.registry.specs.task import DataSpec, HeadSpec
+from restitch.registry.specs.data import DataSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_clip
 

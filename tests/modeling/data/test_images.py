@@ -16,7 +16,7 @@ from PIL import Image
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.images import MOST_PIXELS, open_image
 from restitch.modeling.data.task_data import Rows, labels_of, open_split
-from restitch.registry.specs.task import DataSpec
+from restitch.registry.specs.data import DataSpec
 from tests.modeling.conftest import png
 
 LABELS = ("cat", "dog")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.task_data import data_digest, open_split
-from restitch.registry.specs.task import DataSpec
+from restitch.registry.specs.data import DataSpec
 
 FORMS = ("csv", "tsv", "jsonl", "json", "parquet", "arrow")
 

@@ -12,7 +12,7 @@ import pytest
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.file_kinds import IMAGE_SUFFIXES, UNREADABLE_IMAGES
 from restitch.modeling.data.task_data import Rows, data_digest, open_split
-from restitch.registry.specs.task import DataSpec
+from restitch.registry.specs.data import DataSpec
 from tests.modeling.conftest import png
 
 LABELS = ("cat", "dog")

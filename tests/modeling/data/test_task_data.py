@@ -24,7 +24,7 @@ from restitch.modeling.data.task_data import (
     set_apart,
     stratified,
 )
-from restitch.registry.specs.task import DataSpec
+from restitch.registry.specs.data import DataSpec
 from tests.modeling.conftest import png
 
 LABELS = ("no", "yes")

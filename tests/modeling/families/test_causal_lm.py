@@ -25,10 +25,11 @@ from restitch.modeling.families import causal_lm
 from restitch.modeling.families.family import get_family
 from restitch.modeling.gradients import checkpointed
 from restitch.modeling.heads import Head
-from restitch.modeling.pretrained import NamedModel, load_tokenizer
+from restitch.modeling.pretrained import NamedModel
+from restitch.modeling.pretrained_files import load_tokenizer
 from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import linear_layers
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.modeling.family_contract import FamilyContract
 from tests.tiny_models import RECURRENT, decoder_of, tiny_bert, tiny_decoder, tiny_experts, tweaked
 

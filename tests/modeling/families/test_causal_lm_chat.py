@@ -11,8 +11,9 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example, Prompt, Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.families.family import get_family
-from restitch.modeling.pretrained import load_tokenizer
-from restitch.registry.specs.task import HeadSpec, TaskSpec
+from restitch.modeling.pretrained_files import load_tokenizer
+from restitch.registry.specs.head import HeadSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import assets_digest
 from restitch.tasks.inputs.task_data import description_digest
 from tests.tiny_models import tiny_decoder

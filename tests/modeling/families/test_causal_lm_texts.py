@@ -14,9 +14,10 @@ from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
 from restitch.modeling.generation import until_stop
 from restitch.modeling.heads import Head
-from restitch.modeling.pretrained import NamedModel, load_tokenizer
+from restitch.modeling.pretrained import NamedModel
+from restitch.modeling.pretrained_files import load_tokenizer
 from restitch.modeling.row_values import Bits
-from restitch.registry.specs.task import GenerateSpec, HeadSpec
+from restitch.registry.specs.head import GenerateSpec, HeadSpec
 from tests.tiny_models import RECURRENT, decoder_of, tiny_decoder
 
 FAMILY = get_family("causal-lm")

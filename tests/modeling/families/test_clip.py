@@ -14,8 +14,8 @@ from PIL import Image
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.clip import Clip
-from restitch.modeling.pretrained import load_image_processor
-from restitch.registry.specs.task import HeadSpec
+from restitch.modeling.pretrained_files import load_image_processor
+from restitch.registry.specs.head import HeadSpec
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_clip, vision_tower
 

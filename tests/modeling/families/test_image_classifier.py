@@ -14,7 +14,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.image_classifier import ImageClassifier
 from restitch.modeling.family_choice import check_base
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.modeling.conftest import png
 from tests.modeling.family_contract import FamilyContract
 from tests.tiny_models import tiny_classifier, tiny_clip, tiny_image_model, vision_tower

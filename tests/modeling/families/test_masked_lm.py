@@ -21,9 +21,10 @@ from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
 from restitch.modeling.gradients import checkpointed
-from restitch.modeling.pretrained import NamedModel, load_tokenizer
+from restitch.modeling.pretrained import NamedModel
+from restitch.modeling.pretrained_files import load_tokenizer
 from restitch.modeling.text_inputs import position_limit
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.modeling.family_contract import FamilyContract
 from tests.tiny_models import (
     WORDS,

@@ -27,10 +27,11 @@ from restitch.modeling.families.family import get_family
 from restitch.modeling.generation import until_stop
 from restitch.modeling.gradients import checkpointed
 from restitch.modeling.heads import Head
-from restitch.modeling.pretrained import NamedModel, load_tokenizer
+from restitch.modeling.pretrained import NamedModel
+from restitch.modeling.pretrained_files import load_tokenizer
 from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import linear_layers
-from restitch.registry.specs.task import GenerateSpec, HeadSpec
+from restitch.registry.specs.head import GenerateSpec, HeadSpec
 from tests.modeling.family_contract import FamilyContract, grams_of
 from tests.tiny_models import tiny_bert, tiny_decoder, tiny_seq2seq, tiny_t5, tweaked
 

@@ -7,8 +7,8 @@ import pytest
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
-from restitch.modeling.pretrained import load_tokenizer
-from restitch.registry.specs.task import HeadSpec
+from restitch.modeling.pretrained_files import load_tokenizer
+from restitch.registry.specs.head import HeadSpec
 from tests.tiny_models import tiny_seq2seq
 
 FAMILY = get_family("seq2seq-lm")

@@ -14,8 +14,8 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinates import select_tensors
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.clip import Clip
-from restitch.modeling.pretrained import load_image_processor
-from restitch.registry.specs.task import HeadSpec
+from restitch.modeling.pretrained_files import load_image_processor
+from restitch.registry.specs.head import HeadSpec
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_siglip, vision_tower
 

@@ -21,7 +21,7 @@ from restitch.modeling.data.rows import Example
 from restitch.modeling.families.text_classifier import TextClassifier
 from restitch.modeling.family_choice import check_base, proposal
 from restitch.modeling.kinds import model_kind
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.modeling.family_contract import FamilyContract
 from tests.tiny_models import tiny_classifier, tiny_decoder, tiny_encoder, tiny_t5
 

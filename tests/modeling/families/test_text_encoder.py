@@ -14,7 +14,7 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.families.text_encoder import TextEncoder
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.head import HeadSpec
 from tests.tiny_models import tiny_bert, tiny_roberta, tiny_t5
 
 FAMILY = TextEncoder()

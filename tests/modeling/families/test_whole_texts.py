@@ -21,9 +21,10 @@ from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.families.seq2seq_lm import decoder_start
 from restitch.modeling.gradients import checkpointed
 from restitch.modeling.heads import Head
-from restitch.modeling.pretrained import NamedModel, load_tokenizer
+from restitch.modeling.pretrained import NamedModel
+from restitch.modeling.pretrained_files import load_tokenizer
 from restitch.modeling.row_values import Losses
-from restitch.registry.specs.task import HeadSpec, TextUnit
+from restitch.registry.specs.head import HeadSpec, TextUnit
 from tests.tiny_models import tiny_decoder, tiny_seq2seq
 
 TEXTS = ["one", "a longer text than the others", "two words", "na\u00efve yes or no"]

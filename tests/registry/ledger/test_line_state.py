@@ -3,7 +3,8 @@ from collections.abc import Callable
 import pytest
 from pydantic import ValidationError
 
-from restitch.registry.ledger.line_state import LineState, ModelVersion
+from restitch.registry.ledger.finetuned_models import ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.specs.task import TaskSpec
 from tests.registry.builders import TIME, digest, line_spec, line_state, model, ready, with_task
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from restitch.registry.ledger import outcomes
-from restitch.registry.ledger.line_state import NO_GAIN, ModelFacts
+from restitch.registry.ledger.finetuned_models import NO_GAIN, ModelFacts
 from restitch.registry.ledger.measurements import Acceptance, Gain
 from restitch.registry.ledger.outcomes import Outcome
 from restitch.registry.ledger.records import Entry, MergedRecord, TaskResult

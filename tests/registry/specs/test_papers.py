@@ -9,8 +9,9 @@ from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method, resolve_settings
 from restitch.modeling.families.family import get_family
 from restitch.registry.specs.files import load_task
+from restitch.registry.specs.hub_id import is_hub_id
 from restitch.registry.specs.paper import BASE, FINETUNED, Paper, load_paper, paper_names
-from restitch.registry.specs.task import TaskSpec, is_hub_id
+from restitch.registry.specs.task import TaskSpec
 from tests.shell import ROOT
 
 PAPERS = ROOT / "examples" / "papers"

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from restitch.registry.specs.data import DataSpec
 from restitch.registry.specs.prompt import fill_in, prompt_columns
-from restitch.registry.specs.task import DataSpec, TaskSpec
+from restitch.registry.specs.task import TaskSpec
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from restitch.merging.errors import BadInput
 from restitch.registry.gates.registry import GATES
 from restitch.registry.specs.base import Spec
 from restitch.registry.specs.files import load_line, load_task, parse_line, parse_task
+from restitch.registry.specs.hub_id import is_hub_id, keep_pin, split_pin
 from restitch.registry.specs.line import DEFAULT_CRON, LineSpec, ScheduleSpec, line_changes
 from restitch.registry.specs.localize import DEFAULT_DENSITY
-from restitch.registry.specs.task import TaskSpec, is_hub_id, keep_pin, split_pin
+from restitch.registry.specs.task import TaskSpec
 from tests.registry.specs.schemas import schema_problems
 
 COMMIT = "0123456789" * 4

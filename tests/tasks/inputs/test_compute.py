@@ -17,12 +17,12 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.families.family import get_family
 from restitch.modeling.families.text_encoder import TextEncoder
-from restitch.registry.ledger.line_state import ModelKey
+from restitch.registry.ledger.finetuned_models import ModelKey
 from restitch.tasks.evaluate import choice_inputs, result_inputs
 from restitch.tasks.inputs import checkpoints
 from restitch.tasks.inputs.checkpoints import Base, open_base
 from restitch.tasks.inputs.live_base import check_compute, live_base
-from restitch.tasks.inputs.task_data import head_inputs
+from restitch.tasks.inputs.task_head import head_inputs
 from restitch.tasks.localize import mask_keys
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import workspace

@@ -8,7 +8,7 @@ import yaml
 
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.licence import Licence
-from restitch.registry.ledger.line_state import MemberFacts
+from restitch.registry.ledger.finetuned_models import MemberFacts
 from restitch.registry.ledger.records import DataUsed, TaskResult
 from restitch.registry.record import Interval
 from restitch.registry.store.folder import FolderStore
