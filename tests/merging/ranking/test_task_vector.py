@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from restitch.merging.errors import CannotJoin
-from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.checkpoint import FLOATING, Checkpoint
 from restitch.merging.ranking.task_vector import TaskVector, check_finite, outside_share
 from tests import tiny
 
@@ -52,6 +52,24 @@ def test_every_tensor_with_nan_or_infinity_is_named(tmp_path: Path) -> None:
     with pytest.raises(CannotJoin) as caught:
         check_finite(finetuned)
     assert caught.value.details == ("embed.weight: 1 of 88", "layers.0.norm.weight: 2 of 8")
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_infinity_and_nan_of_each_sign_are_found(tmp_path: Path, dtype: torch.dtype) -> None:
+    most, minus = torch.finfo(dtype).max, torch.tensor(-1, dtype=dtype)
+    ends = torch.tensor([most, -most, 0.0, -0.0], dtype=dtype)
+    tensors = {"finite": ends}
+    for name, value in (("infinity", torch.inf), ("nan", torch.nan)):
+        bad = torch.tensor([value], dtype=dtype)
+        tensors |= {
+            name: torch.cat([ends, bad]),
+            f"-{name}": torch.cat([bad.copysign(minus), ends]),
+        }
+    _, finetuned = pair(tmp_path, tensors, tensors)
+    with pytest.raises(CannotJoin) as caught:
+        check_finite(finetuned)
+    found = [detail.partition(":")[0] for detail in caught.value.details]
+    assert found == ["-infinity", "-nan", "infinity", "nan"]
 
 
 def test_large_finite_weights_whose_sum_overflows_are_finite(tmp_path: Path) -> None:
