@@ -191,8 +191,9 @@ def whole(folder: Path, task: str = "one") -> None:
     kept.digest()
     file = folder / "out" / "delta"
     file.parent.mkdir()
-    write_whole(file, vector.finetuned, kept.names, kind="delta", metadata={})
-    ObjectStore(FolderStore(folder / "out" / "store")).put_blob(file, move=True)
+    info = write_whole(file, vector.finetuned, kept.names, kind="delta", metadata={})
+    store = ObjectStore(FolderStore(folder / "out" / "store"))
+    store.put_blob(file, move=True, digest=info.digest)
 
 
 def copy(folder: Path) -> None:

@@ -68,7 +68,7 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
             "seconds": round(time.perf_counter() - began, 3),
             **written.facts,
         }
-        blob = space.objects.put_blob(file, move=True)
+        blob = space.objects.put_blob(file, move=True, digest=written.digest)
     maker = made_by() | {"device": device().type}
     return _ref(space.objects.publish("mask", plan.key, blob, maker, plan.kept.fingerprint, facts))
 
@@ -141,8 +141,8 @@ class _Masks:
         finetuned = vector.finetuned
         if self._keeps_everything and any(finetuned.factors(name) for name in vector.names):
             written = write_factors(file, own_factors(vector), metadata=metadata)
-            digest = FactorFile.open(file).content_digest()
-            return WrittenDelta(digest, written.kept, vector.coordinates, Ranking(None).facts())
+            subspace, facts = FactorFile.open(file).content_digest(), Ranking(None).facts()
+            return WrittenDelta(written.digest, subspace, written.kept, vector.coordinates, facts)
         before = vector.base if self.choice.values == "int8" else None
         with working(f"localizing {self.density.task.task}") as progress:
             ranking = _ranked(self.localizer, vector, base, file.parent, progress)
@@ -163,7 +163,7 @@ class _Masks:
             )
         info = write(mask)
         facts = {**ranking.facts(), **choice}
-        return WrittenDelta(mask.digest(), info.kept, vector.coordinates, facts)
+        return WrittenDelta(info.digest, mask.digest(), info.kept, vector.coordinates, facts)
 
 
 @dataclass(frozen=True)

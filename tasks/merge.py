@@ -101,7 +101,7 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
         info = _write_shared(file, line, recipe, space, again)
-        blob = space.objects.put_blob(file, move=True)
+        blob = space.objects.put_blob(file, move=True, digest=info.digest)
     if record is not None and record.blob != blob and is_reproducible(recipe, record, space):
         raise Damage(
             f"the stored patch of recipe {key[:12]} differs from the one that the recipe gives",
@@ -191,7 +191,7 @@ class PatchParts:
 @step("stitch part", "stitch part {title}")
 def stitch_part(parts: PatchParts, number: int, title: str) -> str | Cached[str]:
     """The digest of a part of a patch, from the store or made now."""
-    return stored(parts.space, parts.work, number, lambda file: parts.write(file, number))
+    return stored(parts.space, parts.work, number, lambda file: parts.write(file, number).digest)
 
 
 def _write_shared(

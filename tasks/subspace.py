@@ -123,9 +123,8 @@ class Subspace:
             info = write(cut(triplets, own, rank / largest, self.choice.values))
             facts |= choice
             first.unlink()
-        return WrittenDelta(
-            FactorFile.open(file).content_digest(), info.kept, vector.coordinates, facts
-        )
+        subspace = FactorFile.open(file).content_digest()
+        return WrittenDelta(info.digest, subspace, info.kept, vector.coordinates, facts)
 
     @property
     def _highest(self) -> float:

@@ -93,9 +93,10 @@ class FactorInfo:
 
 @dataclass(frozen=True)
 class FactorsInfo:
-    """The size of a written file and the number of numbers that it keeps."""
+    """A written file: its size, its digest, and the number of numbers that it keeps."""
 
     bytes: int
+    digest: str
     kept: int
 
 
@@ -144,8 +145,8 @@ def write_factors(
             "restitch.tensors": json.dumps(table, separators=(",", ":"), ensure_ascii=False),
         }
         header = write_header(sections, dict(sorted({**metadata, **own}.items())))
-        size = write_sections(path, header, [spools[section] for section in order])
-    return FactorsInfo(bytes=size, kept=kept)
+        size, digest = write_sections(path, header, [spools[section] for section in order])
+    return FactorsInfo(bytes=size, digest=digest, kept=kept)
 
 
 def _info_of(tensor: FactorTensor) -> FactorInfo:

@@ -80,7 +80,7 @@ class MaskWriter:
         own = dict(zip(_OWN, (FORMAT, "mask", table), strict=True))
         entries = [(_SECTION, torch.uint8, (self._spool.tell(),))]
         header = write_header(entries, dict(sorted({**metadata, **own}.items())))
-        return write_sections(path, header, [self._spool])
+        return write_sections(path, header, [self._spool])[0]
 
 
 def _encoded(bits: Bits, taken: int) -> tuple[str, bytes]:

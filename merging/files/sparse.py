@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -59,7 +60,7 @@ from restitch.merging.order import by_bytes
 KINDS = ("delta", "patch")
 
 _RESERVED = "restitch."
-_COPIED = 1 << 22
+_COPIED = 1 << 20  # bytes at once: they stay in a core's cache from copy to write
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ class SparseTensor:
 
 @dataclass(frozen=True)
 class SparseInfo:
-    """The size of a written file and the number of coordinates that it keeps."""
+    """A written file: its size, its digest, and the number of coordinates that it keeps."""
 
     bytes: int
+    digest: str
     kept: int
 
 
@@ -142,8 +144,8 @@ def write_sparse(
         version = FORMATS[2 if quantized else weighed]
         sizes = {section: spools[section].tell() for section in order}
         header = _header(kind, version, table, sizes, metadata)
-        size = write_sections(path, header, [spools[section] for section in order])
-    return SparseInfo(bytes=size, kept=kept)
+        size, digest = write_sections(path, header, [spools[section] for section in order])
+    return SparseInfo(bytes=size, digest=digest, kept=kept)
 
 
 def write_whole(
@@ -182,8 +184,8 @@ def write_whole(
         for section in order
         for name in sections[section]
     )
-    size = _write(path, chain([header], parts))
-    return SparseInfo(bytes=size, kept=sum(info.numel for info in infos))
+    size, digest = _write(path, chain([header], parts))
+    return SparseInfo(bytes=size, digest=digest, kept=sum(info.numel for info in infos))
 
 
 def join_sparse(
@@ -221,8 +223,9 @@ def join_sparse(
         for name, part in files.items()
         if section in (held := part.sections(name))
     )
-    size = _write(path, chain([header], blocks))
-    return SparseInfo(bytes=size, kept=sum(part.info(name).kept for name, part in files.items()))
+    size, digest = _write(path, chain([header], blocks))
+    kept = sum(part.info(name).kept for name, part in files.items())
+    return SparseInfo(bytes=size, digest=digest, kept=kept)
 
 
 def _check_labels(kind: str, metadata: Mapping[str, str]) -> None:
@@ -283,16 +286,18 @@ def _factor_bytes(tensor: SparseTensor) -> Any:
     return _bytes_of(factors)
 
 
-def write_sections(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
-    """Write a header and its sections atomically and durably, and return the size."""
+def write_sections(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> tuple[int, str]:
+    """Write a header and its sections atomically and durably; returns size and digest."""
     return _write(path, chain([header], chain.from_iterable(map(_copied, parts))))
 
 
-def _write(path: Path, blocks: Iterable[Any]) -> int:
+def _write(path: Path, blocks: Iterable[Any]) -> tuple[int, str]:
+    hasher = blake3()
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            for block in blocks:
+            for block in chain.from_iterable(map(_private, blocks)):
+                hasher.update(block)
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
@@ -307,7 +312,16 @@ def _write(path: Path, blocks: Iterable[Any]) -> int:
         os.fsync(folder)
     finally:
         os.close(folder)
-    return size
+    return size, hasher.hexdigest()
+
+
+def _private(data: Any) -> Iterator[memoryview]:
+    """Copies of a block in parts, so that a mapped file that changes gets one digest."""
+    buffer = memoryview(bytearray(min(len(data), _COPIED)))
+    for start in range(0, len(data), _COPIED):
+        part = buffer[: len(data) - start]
+        part[:] = data[start : start + _COPIED]
+        yield part
 
 
 class SparseFile:

@@ -49,8 +49,16 @@ class ObjectStore:
         self._verified: dict[str, tuple[int, ...]] = {}
         self._sizes: dict[str, int] = {}
 
-    def put_blob(self, data: bytes | Path, *, move: bool = False) -> str:
-        """Store bytes or a file, and return the digest; see `Store.put` for `move`."""
+    def put_blob(self, data: bytes | Path, *, move: bool = False, digest: str | None = None) -> str:
+        """Store bytes or a file, and return the digest.
+
+        Args:
+            data: the content.
+            move: take the file instead of copying it; see `Store.put`.
+            digest: of a file to move, if its writer computed it from the same bytes in memory
+                that it wrote. The file is not read then; every reader of the blob verifies it.
+        """
+        assert digest is None or move, "only the writer of a file knows its digest and moves it"
         if isinstance(data, bytes):
             digest = digest_bytes(data)
             self.store.put(_blob(digest), data)
@@ -59,7 +67,7 @@ class ObjectStore:
         try:
             with explained(data, "read"):
                 before = _state(data)
-                digest = digest_file(data)
+                digest = digest or digest_file(data)
         except FileNotFoundError as error:
             raise BadInput(f"the file {data} does not exist") from error
         self.store.put(_blob(digest), data, move=move)

@@ -74,7 +74,7 @@ def finetune(
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
         info = _learned(file, base, member, before, settings, space)
-        blob = space.objects.put_blob(file, move=True)
+        blob = space.objects.put_blob(file, move=True, digest=info.digest)
     facts = {"kept": info.kept, "seconds": round(time.perf_counter() - began, 3)}
     maker = made_by() | {"device": device().type}
     won = space.objects.publish("finetuning", key, blob, maker, fingerprint(device()), facts)

@@ -52,10 +52,12 @@ class WrittenDelta:
     """A delta file that was written.
 
     Attributes:
+        digest: of the file.
         mask: digest of the mask, or of the subspace.
         facts: how it was calibrated, and how its density or rank was chosen.
     """
 
+    digest: str
     mask: str
     kept: int
     coordinates: int

@@ -116,17 +116,19 @@ def is_done(space: Workspace, work: Work, number: int) -> bool:
 
 
 def stored(
-    space: Workspace, work: Work, number: int, write: Callable[[Path], object]
+    space: Workspace, work: Work, number: int, write: Callable[[Path], str | None]
 ) -> str | Cached[str]:
-    """The digest of a piece that is a file, from the store or written now."""
+    """The digest of a piece that is a file, from the store or written now.
+
+    `write` returns the digest of the file if it computed that from the bytes that it wrote.
+    """
     objects, key = space.objects, work.keys[number]
     record = objects.lookup(work.results, key)
     if record is not None:
         return Cached(record.blob)
     with space.scratch() as scratch:
         file = scratch / "piece"
-        write(file)
-        blob = objects.put_blob(file, move=True)
+        blob = objects.put_blob(file, digest=write(file), move=True)
     return objects.publish(work.results, key, blob, made_by()).blob
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.delta import open_delta
 from restitch.merging.files.factor_file import FactorFile, FactorTensor, write_factors
@@ -50,7 +51,7 @@ def test_the_bytes_of_the_format_are_fixed(tmp_path: Path) -> None:
         + b"\x7f\x00\x00\x7f\x00\x00\x7f\x00\x00\x7f"  # codes
     )
     assert (tmp_path / "x").read_bytes() == golden
-    assert (info.bytes, info.kept) == (len(golden), 22)
+    assert (info.bytes, info.digest, info.kept) == (len(golden), digest_bytes(golden), 22)
 
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:

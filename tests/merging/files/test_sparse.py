@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.edits import Edits, edited
 from restitch.merging.files.mask import Mask
@@ -50,7 +51,16 @@ def test_the_bytes_of_format_1_are_fixed(tmp_path: Path) -> None:
         b"<C"  # positions
     )
     assert (tmp_path / "x").read_bytes() == golden
-    assert (info.bytes, info.kept) == (len(golden), 4)
+    assert (info.bytes, info.digest, info.kept) == (len(golden), digest_bytes(golden), 4)
+
+
+def test_the_digest_of_a_file_longer_than_a_block_is_that_of_its_bytes(tmp_path: Path) -> None:
+    weights = torch.arange(3 << 18, dtype=torch.int32).view(torch.float32)
+    checkpoint = tiny.save(tmp_path, {"w": weights, "x": weights[:1].clone()})
+    info = write_whole(tmp_path / "x", checkpoint, ["w", "x"], kind="delta", metadata={})
+    data = (tmp_path / "x").read_bytes()
+    assert data.endswith(weights.numpy().tobytes() + weights[:1].numpy().tobytes())
+    assert (info.bytes, info.digest) == (len(data), digest_bytes(data))
 
 
 def weighed(tensor: SparseTensor, *factors: float) -> SparseTensor:

@@ -70,6 +70,23 @@ def test_a_blob_is_verified_once_while_it_stays_unchanged(objects, monkeypatch):
     objects.blob_path(blob)
 
 
+def test_a_file_whose_writer_knows_its_digest_is_not_read_until_its_blob_is(
+    objects, tmp_path, monkeypatch
+):
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.write_bytes(b"content")
+    wrong.write_bytes(b"other content")
+    with monkeypatch.context() as unread:
+        unread.setattr(
+            "restitch.registry.store.objects.digest_file", lambda _path: pytest.fail("read")
+        )
+        found = objects.put_blob(right, move=True, digest=digest_bytes(b"content"))
+        lie = objects.put_blob(wrong, move=True, digest=digest("a lie"))
+    assert objects.blob_path(found).read_bytes() == b"content"
+    with pytest.raises(Damage, match=lie):
+        objects.blob_path(lie)
+
+
 def test_a_key_names_the_result_of_its_inputs(objects):
     blob = objects.put_blob(b"content")
     assert objects.lookup("mask", digest("inputs")) is None
