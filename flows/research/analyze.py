@@ -37,7 +37,7 @@ from restitch.tasks.research.density_curves import conflict, curve
 from restitch.tasks.research.mask_analysis import analyze as compare_masks
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.engine import flow
-from restitch.tasks.runtime.refs import ResultRef, WeightsRef
+from restitch.tasks.runtime.refs import ResultRef, WeightsKind, WeightsRef
 from restitch.tasks.runtime.workspace import workspace
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -147,28 +147,31 @@ def _measure(
     family: Family,
 ) -> dict[str, Any]:
     """The curves of one task, and the models that bound them."""
-    line, spec, model = snapshot.line, member.spec, member.model
+    line, facts, ref = snapshot.line, member.model.facts, member.model.model
+
+    def measured(kind: WeightsKind, identity: str = "", uri: str = "") -> dict[str, Any]:
+        return _value(evaluate(line, member.spec, WeightsRef(kind, identity, uri), ref))
+
+    whole = measured("localizable", ref.weights, ref.uri)
     curves, left_out = {}, {}
     for name in names:
-        missing = lacks(name, spec, family)
+        missing = lacks(name, member.spec, family)
         if missing is not None:
             say(f"{member.task} has no {missing}: its {name} masks are left out")
             left_out[name] = missing
             continue
         say(f"{member.task}: {name}")
-        curves[name] = curve(line, member, name, densities)
-    finetuned = WeightsRef("finetuned", model.model.weights, model.model.uri)
-    facts = model.facts
+        curves[name] = curve(line, member, name, densities, whole)
     return {
-        "metric": spec.metric,
-        "split": evaluation_split(spec),
-        "base": _value(evaluate(line, spec, WeightsRef("base"), model.model)),
-        "finetuned": _value(evaluate(line, spec, finetuned, model.model)),
+        "metric": member.spec.metric,
+        "split": evaluation_split(member.spec),
+        "base": measured("base"),
+        "finetuned": measured("finetuned", ref.weights, ref.uri),
         "own": {
             "localizer": facts.localizer,
             "density": facts.density,
             "kept": facts.kept,
-            **_value(evaluate(line, spec, WeightsRef("grafted", str(model.delta)), model.model)),
+            **measured("grafted", str(member.model.delta)),
         },
         "curves": curves,
         "left_out": left_out,

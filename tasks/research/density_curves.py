@@ -40,11 +40,21 @@ AVERAGING, STITCHING = "averaging", "localize-and-stitch"
 
 @step("curve", "{localizer} masks of {member.task}")
 def curve(
-    line: LineRef, member: Member, localizer: str, densities: tuple[float, ...]
+    line: LineRef,
+    member: Member,
+    localizer: str,
+    densities: tuple[float, ...],
+    whole: dict[str, Any],
 ) -> dict[str, Any] | Cached[dict[str, Any]]:
     """Evaluate the base on a member's task with grafts of rising density.
 
-    `localizer` is one of `localizers.LOCALIZERS` that the task has the data for.
+    Args:
+        line: the line.
+        member: the member.
+        localizer: one of `localizers.LOCALIZERS` that the task has the data for.
+        densities: the densities of the masks.
+        whole: the value of the base with all localizable weights replaced, which is the graft of
+            every localizer at density 1.
 
     Returns:
         The localizer's `label`, and `points` by rising density.
@@ -53,9 +63,10 @@ def curve(
     base = open_base(line, space)
     ranker = _localizer(line, member, localizer, base, space)
     inputs = {"version": VERSION, **_inputs(member, ranker, base)}
-    counts = _counts(base, densities)
+    counts, all_of_them = _counts(base, densities), _coordinates(base)
     keys = {kept: digest_json({**inputs, "kept": kept}) for kept in counts.values()}
     known = {kept: space.stored("graft", key) for kept, key in keys.items()}
+    known[all_of_them] = {**whole, **Ranking(None).facts()}
     missing = [kept for kept, value in known.items() if value is None]
     if missing:
         with space.scratch() as scratch, open_vector(line, member.model.model, space) as opened:
