@@ -24,6 +24,7 @@ from restitch.registry.ledger.measurements import (
     keeps_subspace,
     unexpected,
 )
+from restitch.registry.ledger.records import MergedRecord
 
 
 def registered(result: Values, out: Console) -> None:
@@ -45,6 +46,8 @@ def registered(result: Values, out: Console) -> None:
         write(out, f"  it is merged after `restitch resume {result['line']}`")
     elif result["record"] is not None:
         write(out, f"{result['line']}: version {result['champion']} is the champion")
+        for loss in MergedRecord.model_validate(result["record"]).losses:
+            write(out, f"  {loss}", "yellow")
         results(result["record"], out)
     elif result["handed_over"] and result["state"] in ("registered", "ready"):
         write(out, "  the workers continue; follow them with `restitch status --watch`")

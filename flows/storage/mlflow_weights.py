@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from restitch.merging.errors import BadInput, shortlist
+from restitch.merging.errors import BadInput, counted, shortlist
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits, edited
 from restitch.registry.ledger.ledger import Ledger
@@ -47,7 +47,8 @@ def _difference(served: ServedVersion, folder: Path, space: Workspace) -> str | 
     title = f"comparing the weights of {served.name} in MLflow"
     altered = _altered(served, base, copy, space, title)
     if altered:
-        return f"differ from base and patch in {len(altered)} tensors: {shortlist(altered)}"
+        many = counted(len(altered), "tensor")
+        return f"differ from base and patch in {many}: {shortlist(altered)}"
     for place in (weights, *sorted(components.iterdir())):
         if _assets(base, place) != served.base.config:
             return f"have another configuration, tokenizer or processor in {place.name}/"

@@ -4,7 +4,8 @@ import io
 
 from rich.console import Console
 
-from restitch.cli.render import audit
+from restitch.cli.render import audit, models
+from tests.registry.builders import record
 
 
 def test_the_table_of_versions_fits_into_80_columns() -> None:
@@ -32,3 +33,13 @@ def test_the_table_of_versions_fits_into_80_columns() -> None:
     header, *lines = shown.splitlines()
     names = [line[header.index("by") : header.index("members")].strip() for line in lines]
     assert "".join(names) == "remerge@host-12", shown
+
+
+def test_a_registration_by_workers_names_the_tasks_that_lost() -> None:
+    drop = {"value": 0.034, "is_noise": False, "against": 3, "p_value": 0.001}
+    values = {"line": "demo", "task": "b", "version": 1, "state": "ready", "reason": None}
+    outcome = {"already": False, "merged": None, "paused": None, "handed_over": True}
+    merged = {"champion": 4, "record": record(4, drops={"a": drop}).to_json()}
+    out = io.StringIO()
+    models.registered(values | outcome | merged | {"facts": {}}, Console(file=out, width=80))
+    assert "a lost 0.0340 against version 3 (p = 0.001)" in out.getvalue()

@@ -143,7 +143,7 @@ def test_verify_finds_and_repairs_weights_with_other_bytes(shell: Shell) -> None
     tokenizer = files_of(shell, 1) / "components" / "tokenizer" / "tokenizer.json"
     before = weights.read_bytes()
     for file, message in (
-        (weights, "the weights of version 1 differ from base and patch in 1 tensors: "),
+        (weights, "the weights of version 1 differ from base and patch in 1 tensor: "),
         (tokenizer, "the weights of version 1 have another configuration, tokenizer or processor"),
     ):
         data = file.read_bytes()
