@@ -5,9 +5,10 @@ folder of a separate environment with mergekit (docs/results/mergekit.md explain
 which is only run as a program. Every merge is a separate process, `restitch merge` or
 `mergekit-yaml`, measured from its start to the merged checkpoint on disk; both read the same four
 checkpoints, from the page cache. Each program merges once before it is measured: then the bytecode
-of its libraries is on disk, as after an ordinary installation. restitch merges before and after
-mergekit, so that a busy moment affects both. Private memory is the peak of `RssAnon`; resident
-pages of mapped files count only in the other figure.
+of its libraries is on disk, as after an ordinary installation, and restitch has kept what
+transformers says about the configuration. restitch merges before and after mergekit, so that a busy
+moment affects both. Private memory is the peak of `RssAnon`; resident pages of mapped files count
+only in the other figure.
 """
 
 import argparse
