@@ -22,6 +22,9 @@ def collected(result: Values, out: Console) -> None:
         show_table(out, ("kind", "objects", "bytes"), rows)
     write(out, f"  {result['in_use']} objects are in use and stay")
     if result["young"]:
-        write(out, f"  {result['young']} more are not in use, but too young to remove")
+        age = f"{result['older_than'] / 3600:g} hours"
+        write(
+            out, f"  {result['young']} more are not in use, but younger than {age} (--older-than)"
+        )
     if result["objects"] and not result["removed"]:
         write(out, "  restitch gc --yes removes them")

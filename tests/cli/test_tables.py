@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from restitch.cli.render import audit, models
+from restitch.cli.render import audit, models, storage
 from tests.registry.builders import record
 
 
@@ -43,3 +43,10 @@ def test_a_registration_by_workers_names_the_tasks_that_lost() -> None:
     out = io.StringIO()
     models.registered(values | outcome | merged | {"facts": {}}, Console(file=out, width=80))
     assert "a lost 0.0340 against version 3 (p = 0.001)" in out.getvalue()
+
+
+def test_objects_that_are_too_young_to_remove_name_the_age_and_its_option() -> None:
+    found = {"objects": 0, "bytes": 0, "kinds": {}, "in_use": 5, "young": 3, "removed": False}
+    out = io.StringIO()
+    storage.collected(found | {"older_than": 86400.0}, Console(file=out, width=80))
+    assert "3 more are not in use, but younger than 24 hours (--older-than)" in out.getvalue()
