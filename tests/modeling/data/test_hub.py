@@ -20,7 +20,7 @@ CODE = """
 import json, os
 from restitch.merging.errors import RestitchError
 from restitch.modeling.data.task_data import TaskData, data_digest
-from restitch.registry.specs.task import DataSpec
+from restitch.registry.specs.data import DataSpec
 
 def read(path, split, modality):
     data = TaskData(DataSpec(path=path, test=split), ("no", "yes"), modality)
