@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from restitch.merging.digests import digest_file, digest_json
+from restitch.merging.digests import digest_json
 from restitch.merging.errors import Damage
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.delta import open_delta
 from restitch.merging.files.edits import Edits, edited
 from restitch.merging.files.factor_file import FactorFile
-from restitch.merging.files.sparse import SparseFile, SparseInfo, join_sparse
+from restitch.merging.files.sparse import SparseFile, SparseInfo, join_sparse, write_sparse
 from restitch.merging.methods.registry import get_method
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
@@ -100,7 +100,10 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
     began = time.perf_counter()
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
-        info = _write_shared(file, line, recipe, space, again)
+        if record is None:
+            info = _write_shared(file, line, recipe, space)
+        else:
+            info = write_patch_of(file, line, recipe, space, record.blob)
         blob = space.objects.put_blob(file, move=True, digest=info.digest)
     if record is not None and record.blob != blob and is_reproducible(recipe, record, space):
         raise Damage(
@@ -137,7 +140,8 @@ class PatchParts:
         self.base = open_base(line, space)
         self.edits = recipe_edits(self.base, recipe, space)
         self.ranges = split_names(self.base.checkpoint, self.edits.names, limit)
-        origin = [recipe.digest(), required_fingerprint(recipe, space)]
+        # Parts of before have no packed values.
+        origin = [recipe.digest(), required_fingerprint(recipe, space), "packed"]
         self.work = Work(
             line=line.spec.line,
             kind=self.kind,
@@ -179,6 +183,7 @@ class PatchParts:
                 metadata=metadata,
                 progress=progress,
                 names=names,
+                packed=True,
             )
 
     def join(self, file: Path, parts: Sequence[str]) -> SparseInfo:
@@ -194,15 +199,10 @@ def stitch_part(parts: PatchParts, number: int, title: str) -> str | Cached[str]
     return stored(parts.space, parts.work, number, lambda file: parts.write(file, number).digest)
 
 
-def _write_shared(
-    file: Path, line: LineRef, recipe: Recipe, space: Workspace, again: bool
-) -> SparseInfo:
-    """Write the patch of a recipe; of a large model, part by part with other workers.
-
-    `again` makes all of it here.
-    """
+def _write_shared(file: Path, line: LineRef, recipe: Recipe, space: Workspace) -> SparseInfo:
+    """Write the patch of a recipe; of a large model, part by part with other workers."""
     parts = PatchParts(line, recipe, part_size(), space)
-    if again or len(parts.ranges) == 1:
+    if len(parts.ranges) == 1:
         return parts.write(file)
     made = {}
     with sharing(space, parts.work) as turns:
@@ -245,18 +245,24 @@ class Rebuilt:
     difference: float | None = None
 
 
-def rebuild(line: LineRef, recipe: Recipe, patch: str | None) -> Rebuilt:
-    """Make the patch of a recipe again, without storing it; compare it with a stored `patch`."""
+def rebuild(line: LineRef, recipe: Recipe, patch: str, *, stored: bool) -> Rebuilt:
+    """Make the patch of a recipe again, without storing it; compare it with `patch`.
+
+    Args:
+        line: the line.
+        recipe: of the patch.
+        patch: the recorded digest.
+        stored: the store has that patch, so that its weights can be compared.
+    """
     space = workspace()
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
-        write_patch_of(file, line, recipe, space)
-        digest = digest_file(file)
-        if patch in (None, digest) or is_exact(recipe, space):
+        digest = write_patch_of(file, line, recipe, space, patch).digest
+        if digest == patch or not stored or is_exact(recipe, space):
             return Rebuilt(digest)
-        stored = SparseFile.open(space.objects.blob_path(str(patch)))
+        other = SparseFile.open(space.objects.blob_path(patch))
         return Rebuilt(
-            digest, _largest_difference(open_base(line, space), SparseFile.open(file), stored)
+            digest, _largest_difference(open_base(line, space), SparseFile.open(file), other)
         )
 
 
@@ -270,9 +276,24 @@ def _largest_difference(base: Base, one: SparseFile, other: SparseFile) -> float
     return largest
 
 
-def write_patch_of(file: Path, line: LineRef, recipe: Recipe, space: Workspace) -> SparseInfo:
-    """Make the patch of a recipe and write it to a file."""
-    return PatchParts(line, recipe, part_size(), space).write(file)
+def write_patch_of(
+    file: Path, line: LineRef, recipe: Recipe, space: Workspace, digest: str | None
+) -> SparseInfo:
+    """Make the patch of a recipe and write it to a file.
+
+    Patches of before have values that are not packed. It is written like that if this gives the
+    bytes of `digest`.
+    """
+    info = PatchParts(line, recipe, part_size(), space).write(file)
+    if digest in (None, info.digest):
+        return info
+    packed, plain = SparseFile.open(file), file.with_name(f"{file.name}.plain")
+    before = write_sparse(plain, packed.tensors(), kind=packed.kind, metadata=packed.metadata)
+    if before.digest != digest:
+        plain.unlink()
+        return info
+    plain.replace(file)
+    return before
 
 
 def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:

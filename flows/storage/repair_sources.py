@@ -149,7 +149,7 @@ class RecoverySources:
                 recipe = Recipe.from_json(record.recipe)
                 yield Recovery(
                     f"the recipe of version {record.version} and the deltas of its members",
-                    _with(write_patch_of, line, recipe, self.space),
+                    _with(write_patch_of, line, recipe, self.space, reference.digest),
                 )
                 return
 

@@ -292,7 +292,7 @@ class _Verifier:
             return
         line = LineRef(line_state.spec, line_state.base)
         try:
-            made = rebuild(line, recipe, record.patch if has_patch else None)
+            made = rebuild(line, recipe, record.patch, stored=has_patch)
         except RestitchError as error:
             self.result.damaged(subject, error)
             return

@@ -8,8 +8,11 @@ from which each tensor's slice of a section follows) and the text that the write
 Format 2 is format 1 with a section `factors`: the importance of the coordinates to the
 model, as one factor per row and one per column of each tensor. Format 3 holds values in
 8 bits (see `quantized`): `codes` instead of values, and `steps`; reading it requires the
-base. Formats 1 and 2 are lossless. The bytes are a function of the content alone. Reading
-checks the file: coordinates out of order or out of range raise `Damage`.
+base. Format 4 is format 1 with the bfloat16 values of some tensors in the code of
+`value_codec`: they are in the section `packed`, and after the TYPE of these tensors the table
+has ":" and the number of their other high bytes. All but format 3 are lossless. The bytes are
+a function of the content alone. Reading checks the file: coordinates out of order or out of
+range raise `Damage`.
 """
 
 import json
@@ -42,6 +45,8 @@ from restitch.merging.files.sparse_layout import (
     FACTOR_DTYPE,
     FACTORS,
     FORMATS,
+    PACKED,
+    PACKED_DTYPE,
     POSITIONS,
     STEPS,
     KeptInfo,
@@ -54,6 +59,7 @@ from restitch.merging.files.sparse_layout import (
     valid_factors,
     valid_steps,
 )
+from restitch.merging.files.value_codec import pack, unpack
 from restitch.merging.numerics.bitwise import scatter
 from restitch.merging.order import by_bytes
 
@@ -90,7 +96,12 @@ class SparseInfo:
 
 
 def write_sparse(
-    path: Path, tensors: Iterable[SparseTensor], *, kind: str, metadata: Mapping[str, str]
+    path: Path,
+    tensors: Iterable[SparseTensor],
+    *,
+    kind: str,
+    metadata: Mapping[str, str],
+    packed: bool = False,
 ) -> SparseInfo:
     """Write a sparse file atomically and durably; tensors without a coordinate are omitted.
 
@@ -99,6 +110,8 @@ def write_sparse(
         tensors: sorted by name, each with sorted distinct coordinates.
         kind: `delta` or `patch`.
         metadata: more text for the metadata; keys must not begin with `restitch.`.
+        packed: store exact bfloat16 values in a code where that is smaller and the tensor is not
+            kept whole; they are not mapped then.
     """
     _check_labels(kind, metadata)
     table: list[str] = []
@@ -124,7 +137,11 @@ def write_sparse(
             last = name
             code, data = encode(tensor.coordinates.numpy(), count_elements(tensor.shape))
             spool(POSITIONS, data)
-            if isinstance(tensor.values, Quantized):
+            stored = _packed(tensor) if packed and code != "w" else None
+            others = None if stored is None else stored[1]
+            if stored is not None:
+                spool(PACKED, stored[0])
+            elif isinstance(tensor.values, Quantized):
                 spool(CODES, _bytes_of(tensor.values.codes))
                 spool(STEPS, _step_bytes(tensor.name, tensor.values, tensor.shape))
             else:
@@ -134,14 +151,14 @@ def write_sparse(
                 spool(FACTORS, _factor_bytes(tensor))
             kept += count
             variants.add((tensor.factors is not None, isinstance(tensor.values, Quantized)))
-            table.append(_row(tensor.values.dtype, tensor.shape, count, code, tensor.name))
+            table.append(_row(tensor.values.dtype, tensor.shape, count, code, tensor.name, others))
         if len(variants) > 1:
             raise ValueError("either all tensors or none have factors, and values in 8 bits")
         spool(POSITIONS, b"")
         # Wide types first: every section then begins at a multiple of its element size.
         order = sorted(spools, key=section_order)
         weighed, quantized = next(iter(variants), (False, False))
-        version = FORMATS[2 if quantized else weighed]
+        version = FORMATS[3 if PACKED in spools else 2 if quantized else weighed]
         sizes = {section: spools[section].tell() for section in order}
         header = _header(kind, version, table, sizes, metadata)
         size, digest = write_sections(path, header, [spools[section] for section in order])
@@ -209,14 +226,14 @@ def join_sparse(
         files |= dict.fromkeys(part.names, part)
     files = {name: files[name] for name in sorted(files, key=by_bytes)}
     sizes, versions = {POSITIONS: 0}, {part.format for part in files.values()}
-    if len(versions) > 1:
+    if len(versions) > 1 and versions != {FORMATS[0], FORMATS[3]}:
         raise ValueError(f"the parts have the formats {sorted(versions)}")
     for name, part in files.items():
         for section, data in part.sections(name).items():
             sizes[section] = sizes.get(section, 0) + data.nbytes
     sizes = {section: sizes[section] for section in sorted(sizes, key=section_order)}
     table = [part.row(name) for name, part in files.items()]
-    header = _header(kind, next(iter(versions), FORMATS[0]), table, sizes, metadata)
+    header = _header(kind, max(versions, default=FORMATS[0]), table, sizes, metadata)
     blocks = (
         _bytes_of(held[section])
         for section in sizes
@@ -233,9 +250,26 @@ def _check_labels(kind: str, metadata: Mapping[str, str]) -> None:
         raise ValueError(f"kind {kind!r} and metadata {sorted(metadata)} cannot be written")
 
 
-def _row(dtype: torch.dtype, shape: tuple[int, ...], kept: int, code: str, name: str) -> str:
+def _row(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    kept: int,
+    code: str,
+    name: str,
+    others: int | None = None,
+) -> str:
     """A tensor's row of the table."""
-    return f"{DTYPE_NAMES[dtype]} {'x'.join(map(str, shape))} {kept} {code} {name}"
+    stored = DTYPE_NAMES[dtype] if others is None else f"{DTYPE_NAMES[dtype]}:{others}"
+    return f"{stored} {'x'.join(map(str, shape))} {kept} {code} {name}"
+
+
+def _packed(tensor: SparseTensor) -> tuple[bytes, int] | None:
+    """The values in a code, and their number of other high bytes; None if they stay as they are."""
+    values = tensor.values
+    if isinstance(values, Quantized) or tensor.factors is not None or values.dtype != PACKED_DTYPE:
+        return None
+    data, others = pack(values.contiguous().view(torch.int16).numpy().view(np.uint16))
+    return (data, others) if len(data) < values.nbytes else None
 
 
 def _header(
@@ -376,8 +410,7 @@ class SparseFile:
             quantized = version == FORMATS[2]
             infos, parts = read_table(file.metadata["restitch.tensors"], quantized=quantized)
             sections = {name: file.tensor(name) for name in file.names}
-            with_factors = FACTORS in sections if quantized else version == FORMATS[1]
-            check_sections(infos, parts, sections, with_factors, quantized)
+            check_sections(infos, parts, sections, version)
         except (KeyError, ValueError, RecursionError) as err:
             raise _damage(path, str(err)) from err
         return cls(path, kind, metadata, infos, parts, sections, base)
@@ -403,8 +436,10 @@ class SparseFile:
             raise _damage(self.path, f"{name}: {err}") from err
 
     def values(self, name: str) -> Tensor:
-        """The kept values of a tensor, mapped or restored from 8 bits; do not write to them."""
+        """The kept values of a tensor, mapped, unpacked or restored from 8 bits; do not write."""
         info, part = self._infos[name], self._parts[name]
+        if part.others is not None:
+            return self._unpacked(name, part.others)
         if not self.is_quantized:
             return self._sections[f"values.{DTYPE_NAMES[info.dtype]}"][part.values]
         before = self._before(info)
@@ -413,6 +448,14 @@ class SparseFile:
             raise _damage(self.path, f"{name}: steps that are negative or not finite")
         stored = Quantized(self._sections[CODES][part.values], steps, info.dtype)
         return stored.restored(self.coordinates(name), before, info.shape)
+
+    def _unpacked(self, name: str, others: int) -> Tensor:
+        data = self._sections[PACKED][self._parts[name].values].numpy().data
+        try:
+            bits = unpack(data, self._infos[name].kept, others)
+        except ValueError as err:
+            raise _damage(self.path, f"{name}: {err}") from err
+        return torch.from_numpy(bits.view(np.int16)).view(PACKED_DTYPE)
 
     def _before(self, info: KeptInfo) -> Tensor:
         """The base's tensor, flat."""
@@ -461,7 +504,7 @@ class SparseFile:
     def sections(self, name: str) -> dict[str, Tensor]:
         """All that the file holds of a tensor, by section; do not write to it."""
         info, part = self._infos[name], self._parts[name]
-        values = f"values.{DTYPE_NAMES[info.dtype]}"
+        values = PACKED if part.others is not None else f"values.{DTYPE_NAMES[info.dtype]}"
         slices = {POSITIONS: part.positions, FACTORS: part.factors, STEPS: part.steps}
         slices |= {CODES: part.values, values: part.values}
         return {
@@ -474,12 +517,21 @@ class SparseFile:
     def row(self, name: str) -> str:
         """A tensor's row of the table."""
         info = self._infos[name]
-        return _row(info.dtype, info.shape, info.kept, self._parts[name].code, name)
+        part = self._parts[name]
+        return _row(info.dtype, info.shape, info.kept, part.code, name, part.others)
 
     @property
     def format(self) -> str:
         """The version of its format."""
-        return FORMATS[2 if self.is_quantized else self.has_factors]
+        return FORMATS[
+            3 if PACKED in self._sections else 2 if self.is_quantized else self.has_factors
+        ]
+
+    def tensors(self) -> Iterator[SparseTensor]:
+        """The exact values of all tensors, to write them again, one tensor at a time."""
+        for name in self.names:
+            shape = self._infos[name].shape
+            yield SparseTensor(name, shape, self.coordinates(name), self.values(name))
 
     def mask(self) -> Mask:
         """The kept coordinates as a mask, read on demand."""

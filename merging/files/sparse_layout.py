@@ -15,13 +15,21 @@ from restitch.merging.files.checkpoint import FLOATING
 from restitch.merging.files.coordinate_codec import encoded_size
 from restitch.merging.files.header import DTYPE_NAMES, DTYPES, count_elements
 from restitch.merging.files.quantized import STEP_DTYPE, step_count
+from restitch.merging.files.value_codec import packed_size
 from restitch.merging.order import by_bytes
 
-FORMATS = ("1", "2", "3")
-POSITIONS, FACTORS, STEPS, CODES = "positions", "factors", "steps", "codes"
+FORMATS = ("1", "2", "3", "4")
+POSITIONS, FACTORS, STEPS, CODES, PACKED = "positions", "factors", "steps", "codes", "packed"
+PACKED_DTYPE = torch.bfloat16
 FACTOR_DTYPE = torch.bfloat16  # weights of a mean: 8 bits are precise enough
 
-_DTYPES = {FACTORS: FACTOR_DTYPE, STEPS: STEP_DTYPE, CODES: torch.int8, POSITIONS: torch.uint8}
+_DTYPES = {
+    FACTORS: FACTOR_DTYPE,
+    STEPS: STEP_DTYPE,
+    CODES: torch.int8,
+    POSITIONS: torch.uint8,
+    PACKED: torch.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,19 @@ class KeptInfo:
 
 @dataclass(frozen=True)
 class SectionSlices:
-    """The slices of the sections that hold a tensor's coordinates, values, factors and steps."""
+    """The slices of the sections that hold a tensor's coordinates, values, factors and steps.
+
+    Attributes:
+        code: of the coordinates.
+        others: the number of high bytes that are not frequent, if the values are packed.
+    """
 
     code: str
     positions: slice
     values: slice
     factors: slice
     steps: slice
+    others: int | None = None
 
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -90,7 +104,9 @@ def read_table(
         ends[section] = begin + size
         return slice(begin, begin + size)
 
-    for (dtype, extents, count, code), name in table_rows(text):
+    for (kind, extents, count, code), name in table_rows(text):
+        dtype, packed, text_of_others = kind.partition(":")
+        others = parse_size(text_of_others) if packed else None
         shape = tuple(parse_size(extent) for extent in extents.split("x")) if extents else ()
         kept = parse_size(count)
         if count_elements(shape) >= 1 << 63:
@@ -99,9 +115,12 @@ def read_table(
         parts[name] = SectionSlices(
             code,
             following(POSITIONS, encoded_size(code, kept, count_elements(shape))),
-            following(CODES if quantized else dtype, kept),
+            following(PACKED, packed_size(kept, others))
+            if others is not None
+            else following(CODES if quantized else dtype, kept),
             following(FACTORS, sum(rows_and_columns(shape))),
             following(STEPS, step_count(shape)),
+            others,
         )
     return infos, parts
 
@@ -131,19 +150,26 @@ def check_sections(
     infos: Mapping[str, KeptInfo],
     parts: Mapping[str, SectionSlices],
     sections: Mapping[str, Tensor],
-    with_factors: bool,
-    quantized: bool,
+    version: str,
 ) -> None:
-    """Raise `ValueError` if the sections of a file are not those that its table requires."""
+    """Raise `ValueError` if the sections of a file are not those of its table and format."""
+    quantized = version == FORMATS[2]
+    with_factors = FACTORS in sections if quantized else version == FORMATS[1]
+    if any(part.others is not None for part in parts.values()) != (version == FORMATS[3]):
+        raise ValueError(f"format {version} with other values than it has")
     need: dict[str, tuple[torch.dtype, int]] = {POSITIONS: (torch.uint8, 0)}
     for name, info in infos.items():
         if info.dtype not in FLOATING:
             raise ValueError(f"{name!r} has a type that is not floating point")
         part = parts[name]
+        if part.others is not None and info.dtype != PACKED_DTYPE:
+            raise ValueError(f"{name!r} has packed values of type {info.dtype}")
         need[POSITIONS] = (torch.uint8, part.positions.stop)
         if quantized:
             need[CODES] = (torch.int8, part.values.stop)
             need[STEPS] = (STEP_DTYPE, part.steps.stop)
+        elif part.others is not None:
+            need[PACKED] = (torch.uint8, part.values.stop)
         else:
             need[f"values.{DTYPE_NAMES[info.dtype]}"] = (info.dtype, part.values.stop)
         if with_factors:

@@ -78,15 +78,17 @@ def write_patch(
     metadata: Mapping[str, str],
     progress: Progress | None = None,
     names: Sequence[str] | None = None,
+    *,
+    packed: bool = False,
 ) -> SparseInfo:
     """Write the coordinates whose bytes differ from the base's, with their new values.
 
     The patch is a function of the base and the merged model alone. With `names`, which are some of
     the edited tensors in order, it is a part of it: `join_sparse` makes the whole from its parts.
+    `packed` makes bfloat16 values smaller; see `write_sparse`.
     """
-    return write_sparse(
-        path, differences(base, edits, progress or ignore, names), kind="patch", metadata=metadata
-    )
+    changes = differences(base, edits, progress or ignore, names)
+    return write_sparse(path, changes, kind="patch", metadata=metadata, packed=packed)
 
 
 def split_names(base: Checkpoint, names: Iterable[str], limit: int) -> tuple[tuple[str, ...], ...]:

@@ -27,6 +27,6 @@ def merging_seconds(line: LineRef, members: tuple[Member, ...]) -> float | Cache
         return Cached(float(known))
     with space.scratch() as scratch:
         began = time.perf_counter()
-        write_patch_of(scratch / "patch.safetensors", line, recipe, space)
+        write_patch_of(scratch / "patch.safetensors", line, recipe, space, None)
         seconds = round(time.perf_counter() - began, 4)
     return space.keep("timing", key, seconds)

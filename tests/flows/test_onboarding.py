@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from restitch.merging.files.sparse import SparseFile
+from restitch.merging.rules.stitch import write_patch
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.finetuned_models import Addition
 from tests.conftest import NewHome
@@ -77,6 +79,30 @@ def test_a_model_in_full_precision_joins_a_base_in_half(
         assert torch.stack([tensor == one for one in allowed]).any(0).all(), name
         both += int((tensor == mean).sum())
     assert both > 0
+
+
+def test_versions_of_before_have_no_packed_values_and_are_rebuilt_and_repaired(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = copied(world.base, tmp_path / "base", in_dtype(torch.bfloat16))
+    shell("init", world.line(tmp_path / "line.yaml", base=str(base), retention=None))
+    with monkeypatch.context() as before:
+        before.setattr(
+            "restitch.tasks.merge.write_patch",
+            lambda *arguments, **keywords: write_patch(*arguments, **{**keywords, "packed": False}),
+        )
+        shell.add(world, "colour")
+    shell.add(world, "number")
+    blobs = [
+        shell.home / "store" / "blobs" / shell.ledger().merged(number).patch for number in (1, 2)
+    ]
+    assert [SparseFile.open(blob).format for blob in blobs] == ["1", "4"]
+    assert shell.json("verify", "demo")["rebuilt"] == [1, 2]
+    stored = [blob.read_bytes() for blob in blobs]
+    for blob in blobs:
+        blob.unlink()
+    shell("verify", "demo", "--repair")
+    assert [blob.read_bytes() for blob in blobs] == stored
 
 
 def contents(shell: Shell, out: Path) -> bytes:

@@ -2,6 +2,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from tests import tiny
 
 ONE = SparseTensor("a b", (4, 5), torch.tensor([0, 3, 19]), torch.tensor([1.0, -2.5, 0.0]))
 TWO = SparseTensor("é", (), torch.tensor([0]), torch.tensor([7.0], dtype=torch.bfloat16))
+_BITS = st.integers(0, 0xFFFF)
 NONE = SparseTensor("b", (2,), torch.tensor([], dtype=torch.int64), torch.tensor([]))
 
 
@@ -65,6 +67,83 @@ def test_the_digest_of_a_file_longer_than_a_block_is_that_of_its_bytes(tmp_path:
 
 def weighed(tensor: SparseTensor, *factors: float) -> SparseTensor:
     return replace(tensor, factors=torch.tensor(factors, dtype=torch.bfloat16))
+
+
+def test_the_bytes_of_format_4_are_fixed(tmp_path: Path) -> None:
+    values = torch.full((16,), 1.0, dtype=torch.bfloat16)
+    values[3] = float("nan")
+    tensor = SparseTensor("c", (4, 5), torch.arange(16), values)
+    info = write_sparse(tmp_path / "x", [ONE, tensor], kind="patch", metadata={}, packed=True)
+    golden = (
+        b"@\x01\x00\x00\x00\x00\x00\x00"
+        b'{"__metadata__":{"restitch.format":"4","restitch.kind":"patch",'
+        b'"restitch.tensors":"[\\"F32 4x5 3 e2 a b\\",\\"BF16:0 4x5 16 c2 c\\"]"},'
+        b'"values.F32":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},'
+        b'"positions":{"dtype":"U8","shape":[4],"data_offsets":[12,16]},'
+        b'"packed":{"dtype":"U8","shape":[29],"data_offsets":[16,45]}}    '
+        b"\x00\x00\x80?\x00\x00 \xc0\x00\x00\x00\x00"  # values.F32
+        b"<C\xe4\xf0"  # positions
+        b"?\x7f\x00\x01\x02\x03\x04"  # packed: the frequent high bytes,
+        b"\x80\x80\x80\xc0\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80"  # the low bytes,
+        b"\x00\x00\x00\x00\x02\x00"  # and the codes, of which the fourth is 1
+    )
+    assert (tmp_path / "x").read_bytes() == golden
+    assert info.digest == digest_bytes(golden)
+
+
+PACKED_TENSOR = SparseTensor(
+    "b", (8, 8), torch.arange(0, 64, 2), torch.ones(32, dtype=torch.bfloat16)
+)
+
+
+@given(st.data())
+def test_packed_values_keep_every_bit_and_join_with_others(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("packed")
+    bits = st.one_of(st.sampled_from([0x3F80, 0xBF81, 0x7FC1, 0xFF80, 0x8000, 1]), _BITS)
+    tensors = []
+    for name in data.draw(st.sets(st.sampled_from(["a", "b", "é"]))):
+        kept = np.array(data.draw(st.lists(bits, max_size=40)), dtype=np.uint16)
+        dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+        values = torch.from_numpy(kept.view(np.int16)).view(dtype)
+        tensors.append(SparseTensor(name, (41,), torch.arange(len(kept)), values))
+    tensors.sort(key=lambda tensor: by_bytes(tensor.name))
+    options: dict[str, Any] = {"kind": "patch", "metadata": {}}
+    plain = write_sparse(folder / "plain", tensors, **options)
+    packed = write_sparse(folder / "x", tensors, **options, packed=True)
+    assert packed.bytes <= plain.bytes + 64  # the section's name in the header
+    file = SparseFile.open(folder / "x")
+    for tensor in tensors:
+        if tensor.name in file:
+            found = file.values(tensor.name).view(torch.int16)
+            assert torch.equal(found, exact(tensor).view(torch.int16))
+    assert write_sparse(folder / "again", file.tensors(), **options) == plain
+    for tensor in tensors:
+        write_sparse(folder / tensor.name, [tensor], **options, packed=True)
+    parts = [SparseFile.open(folder / tensor.name) for tensor in tensors]
+    assert join_sparse(folder / "joined", parts, **options) == packed
+
+
+@pytest.mark.parametrize("found", ["BF16:1", "F16:0", "BF16:33", "BF16:", "BF16"])
+def test_a_table_that_does_not_fit_packed_values_is_damage(tmp_path: Path, found: str) -> None:
+    write_sparse(tmp_path / "x", [PACKED_TENSOR], kind="patch", metadata={}, packed=True)
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["restitch.tensors"] = metadata["restitch.tensors"].replace("BF16:0", found)
+    save_file(tensors, tmp_path / "y", metadata)
+    with pytest.raises(Damage, match="y is damaged"):
+        SparseFile.open(tmp_path / "y")
+
+
+def test_packed_values_that_were_changed_are_damage(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", [PACKED_TENSOR], kind="patch", metadata={}, packed=True)
+    data = bytearray((tmp_path / "x").read_bytes())
+    data[-1] |= 0xE0  # the code of a byte that does not follow
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(Damage, match="b: more than 0 other high bytes"):
+        SparseFile.open(tmp_path / "x").values("b")
 
 
 WEIGHED = [weighed(ONE, 1, 2, 3, 4, 1, 1, 1, 1, 0.5), NONE, weighed(TWO, 8, 1)]
