@@ -214,7 +214,7 @@ def patch(folder: Path) -> None:
     members = [DeltaMember(task, SparseFile.open(folder / f"{task}.delta")) for task in TASKS]
     base = Checkpoint.open(folder / "base")
     (folder / "out").mkdir()
-    write_patch(folder / "out" / "patch", base, stitch(base, members), {})
+    write_patch(folder / "out" / "patch", base, stitch(base, members), {}, packed=True)
 
 
 def timed(action: Callable[[Path], None], folder: Path) -> float:
