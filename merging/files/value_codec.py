@@ -104,8 +104,8 @@ def _table(frequent: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint32]]:
     known = set(frequent.tolist())
     mark = next(byte for byte in range(_FREQUENT + 1) if byte not in known)
     byte_of = np.append(frequent, mark).astype(np.uint32)
-    two = (byte_of | byte_of[:, None] << 8).reshape(-1)
-    return mark, (two | two[:, None] << 16).reshape(-1)
+    two = (byte_of | byte_of[:, None] << np.uint32(8)).reshape(-1)
+    return mark, (two | two[:, None] << np.uint32(16)).reshape(-1)
 
 
 def _check_padding(lows: NDArray[np.uint8], highs: NDArray[np.uint8], count: int) -> None:
