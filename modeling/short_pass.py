@@ -37,6 +37,7 @@ class ShortPass:
         what: a row, in words.
         parameters: of the part of the model that reads the rows.
         squared_inputs: the sum over its linear layers of the square of their inputs.
+        squared_outputs: the same of their outputs.
     """
 
     row: float
@@ -44,6 +45,7 @@ class ShortPass:
     what: str
     parameters: int
     squared_inputs: int
+    squared_outputs: int
 
 
 def short_pass(folder: Path, modality: Modality, device: torch.device) -> ShortPass:
@@ -60,6 +62,7 @@ def short_pass(folder: Path, modality: Modality, device: torch.device) -> ShortP
     config = getattr(config, "vision_config", config) if modality == "image" else config
     with torch.device("meta"):
         whole = AutoModel.from_config(config)
+    linear = [module for module in whole.modules() if isinstance(module, nn.Linear)]
     short, layers = _with_layers(config, _LAYERS)
     model = AutoModel.from_config(short).eval().to(device)
     inputs = _inputs(config, modality, device)
@@ -75,7 +78,8 @@ def short_pass(folder: Path, modality: Modality, device: torch.device) -> ShortP
         rows * _ROWS,
         what,
         sum(tensor.numel() for tensor in whole.parameters()),
-        sum(m.in_features**2 for m in whole.modules() if isinstance(m, nn.Linear)),
+        sum(layer.in_features**2 for layer in linear),
+        sum(layer.out_features**2 for layer in linear),
     )
 
 

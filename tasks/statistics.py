@@ -1,6 +1,6 @@
 """Measure the statistics that merge methods need, and store each under a digest of its inputs.
 
-A Fisher diagonal or Gram matrices belong to one member: they depend on its delta, the calibration
+A Fisher diagonal and Gram matrices belong to one member: they depend on its delta, the calibration
 rows of its task and its head. They are measured when the member is onboarded, so that a new member
 needs no data of the others. Coefficients belong to a set of members and are learned again when it
 changes. The last bits of all statistics differ between machines: the first one published counts,
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
@@ -26,11 +26,14 @@ from restitch.merging.statistics.entropy_coefficients import VERSION as COEFFICI
 from restitch.merging.statistics.entropy_coefficients import CoefficientSettings, learn_coefficients
 from restitch.merging.statistics.fisher_diagonal import VERSION as FISHER_VERSION
 from restitch.merging.statistics.fisher_diagonal import mean_of, measure_fisher
+from restitch.merging.statistics.gradient_grams import MOST_OUTPUTS, measure_gradient_grams
+from restitch.merging.statistics.gradient_grams import VERSION as GRADIENT_GRAM_VERSION
 from restitch.merging.statistics.grams import VERSION as GRAM_VERSION
 from restitch.merging.statistics.grams import Layer, gram_forms, measure_grams
 from restitch.merging.statistics.statistic_file import (
     COEFFICIENTS,
     FISHER,
+    GRADIENT_GRAM,
     GRAM,
     new_statistic,
     write_statistic,
@@ -51,9 +54,14 @@ from restitch.tasks.runtime.refs import LineRef, StatisticRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 # The kinds of statistics, which are also their key kinds in the store.
-KINDS = (FISHER, GRAM, COEFFICIENTS)
+KINDS = (FISHER, GRAM, GRADIENT_GRAM, COEFFICIENTS)
 
-_VERSIONS = {FISHER: FISHER_VERSION, GRAM: GRAM_VERSION, COEFFICIENTS: COEFFICIENTS_VERSION}
+_VERSIONS = {
+    FISHER: FISHER_VERSION,
+    GRAM: GRAM_VERSION,
+    GRADIENT_GRAM: GRADIENT_GRAM_VERSION,
+    COEFFICIENTS: COEFFICIENTS_VERSION,
+}
 
 
 def lacks_rows(method: Method, tasks: Sequence[TaskSpec]) -> list[str]:
@@ -227,7 +235,8 @@ def write_statistic_of(file: Path, line: LineRef, statistic: Statistic, space: W
         return _write_grams(file, step, calibration, delta, origin)
     holds = _holds(statistic.kind, base, deltas)
     opened = [calibration.opened(step, holds) for calibration in calibrations]
-    function = {FISHER: _fisher, COEFFICIENTS: _coefficients}[statistic.kind]
+    measured = {FISHER: _fisher, GRADIENT_GRAM: _gradient_grams, COEFFICIENTS: _coefficients}
+    function = measured[statistic.kind]
     tensors, metadata = function(line, base, deltas, opened)
     write_statistic(file, statistic.kind, tensors, origin | metadata)
     return sum(len(on.rows) for on in opened)
@@ -239,6 +248,8 @@ def _holds(kind: str, base: Base, deltas: Sequence[Delta]) -> list[Part]:
     coordinates = sum(base.checkpoint.info(name).numel for name in names)
     if kind == FISHER:
         return [Part("the diagonal", 4 * coordinates)]
+    if kind == GRADIENT_GRAM:
+        return []  # the loaded model tells the sizes of its layers
     return [Part("the task vectors", 4 * coordinates * (1 + len(deltas)))]
 
 
@@ -301,6 +312,30 @@ def _fisher(
             progress=progress,
         )
     return tensors, {"mean": repr(mean_of(tensors))}
+
+
+def _gradient_grams(
+    line: LineRef, base: Base, deltas: Sequence[Delta], opened: Sequence[OpenCalibration]
+) -> Measured:
+    (delta,), (on,) = deltas, opened
+    layers = {
+        name: layer
+        for name, layer in _linear(on.live, delta).items()
+        if isinstance(layer, nn.Linear) and layer.out_features <= MOST_OUTPUTS
+    }
+    size = sum(4 * layer.out_features**2 for layer in layers.values())
+    live_base(base, "measure gradients", [Part("the matrices", size)])
+    with on.live.edited(delta), working("measuring gradients") as progress:
+        tensors = measure_gradient_grams(
+            layers,
+            on.live.parameters,
+            len(on.rows),
+            on.batch,
+            on.logits,
+            seed=line.spec.localize.seed,
+            progress=progress,
+        )
+    return tensors, {}
 
 
 def _coefficients(

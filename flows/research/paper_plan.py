@@ -14,7 +14,12 @@ from pathlib import Path
 from restitch.flows.outcome import Outcome
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method, method_names
-from restitch.merging.statistics.statistic_file import COEFFICIENTS, FISHER, GRAM
+from restitch.merging.statistics.statistic_file import (
+    COEFFICIENTS,
+    FISHER,
+    GRADIENT_GRAM,
+    GRAM,
+)
 from restitch.modeling.device import device
 from restitch.modeling.families.family import get_family
 from restitch.modeling.short_pass import ShortPass, short_pass
@@ -240,9 +245,13 @@ def _stored(paper: Paper, timed: ShortPass, methods: Sequence[Method]) -> list[N
         found.append(Need("whole task vectors", count * whole, f"{count} of {weights}, float32"))
     if _needs(methods, FISHER):
         found.append(Need("Fisher diagonals", count * whole, f"{count} of {weights}, float32"))
-    if _needs(methods, GRAM):
-        size = _WHOLE * count * timed.squared_inputs
-        found.append(Need("Gram matrices", size, "inputs x inputs of each layer, float32"))
+    for kind, size, what, side in (
+        (GRAM, timed.squared_inputs, "Gram matrices", "inputs"),
+        (GRADIENT_GRAM, timed.squared_outputs, "Gram matrices of gradients", "outputs"),
+    ):
+        if _needs(methods, kind):
+            about = f"{side} x {side} of each layer, float32"
+            found.append(Need(what, _WHOLE * count * size, about))
     found.append(
         Need("merged results", len(merged) * whole, f"{len(merged)} methods, {weights} each")
     )
@@ -261,6 +270,9 @@ def _held(paper: Paper, timed: ShortPass, methods: Sequence[Method]) -> list[Nee
         found.append(Need("AdaMerging", count * whole, "task vectors of all tasks, and gradients"))
     elif _needs(methods, FISHER):
         found.append(Need("Fisher", 2 * whole, "gradients, and the diagonal"))
+    elif _needs(methods, GRADIENT_GRAM):
+        held = _WHOLE * timed.squared_outputs
+        found.append(Need("MaTS", held, "Gram matrices of the gradients of one task"))
     return found
 
 

@@ -20,6 +20,7 @@ from restitch.merging.order import by_bytes
 from restitch.merging.rules.stitch import DeltaMember
 
 FISHER, GRAM, COEFFICIENTS = "fisher", "gram", "coefficients"
+GRADIENT_GRAM = "gradient-gram"
 
 _KIND = "restitch.statistic"
 _SUBJECTS = ("base", "delta")
@@ -32,7 +33,7 @@ def write_statistic(
 
     Args:
         path: the file.
-        kind: `FISHER`, `GRAM` or `COEFFICIENTS`.
+        kind: `FISHER`, `GRAM`, `GRADIENT_GRAM` or `COEFFICIENTS`.
         tensors: by name, on any device.
         metadata: the digest of `base` and, for a statistic of one member, of `delta`.
     """
@@ -51,7 +52,7 @@ def new_statistic(
 
     Args:
         path: the file.
-        kind: `FISHER`, `GRAM` or `COEFFICIENTS`.
+        kind: `FISHER`, `GRAM`, `GRADIENT_GRAM` or `COEFFICIENTS`.
         forms: the type and shape of each tensor by name; types of one size.
         metadata: as of `write_statistic`.
 

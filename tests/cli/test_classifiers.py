@@ -254,7 +254,7 @@ def test_every_localizer_uses_the_task_s_own_head(
         assert version.facts.calibrated_with == ("labels" if mode == "trained" else "inputs")
 
 
-@pytest.mark.parametrize("method", ["regmean", "fisher-merging"])
+@pytest.mark.parametrize("method", ["mats", "fisher-merging"])
 def test_methods_with_statistics_measure_classifiers(
     text_world: World, shell: Shell, tmp_path: Path, method: str
 ) -> None:

@@ -275,7 +275,7 @@ def test_every_localizer_reads_questions_also_with_choices_in_each_row(
         assert version.facts.calibrated_with == ("labels" if mode == "trained" else "inputs")
 
 
-@pytest.mark.parametrize("method", ["regmean", "fisher-merging"])
+@pytest.mark.parametrize("method", ["regmean", "mats", "fisher-merging"])
 def test_methods_with_statistics_measure_language_models(
     lm_world: World, shell: Shell, tmp_path: Path, method: str
 ) -> None:

@@ -127,7 +127,7 @@ def test_every_localizer_selects_weights_of_experts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["regmean", "fisher-merging"])
+@pytest.mark.parametrize("method", ["mats", "fisher-merging"])
 def test_methods_with_statistics_measure_the_models(
     world: World, new_home: NewHome, tmp_path: Path, method: str
 ) -> None:

@@ -202,7 +202,7 @@ def test_every_localizer_reads_the_questions(
     assert version.facts.calibrated_with == ("labels" if mode == "trained" else "inputs")
 
 
-@pytest.mark.parametrize("method", ["regmean", "fisher-merging"])
+@pytest.mark.parametrize("method", ["mats", "fisher-merging"])
 def test_methods_with_statistics_measure_the_models(
     line: Line, new_home: NewHome, tmp_path: Path, method: str
 ) -> None:

@@ -154,7 +154,7 @@ def test_every_localizer_reads_numbers(
     assert facts.calibration_rows == 8
 
 
-@pytest.mark.parametrize("method", ["regmean", "fisher-merging", "adamerging"])
+@pytest.mark.parametrize("method", ["mats", "fisher-merging", "adamerging"])
 def test_methods_with_statistics_measure_numbers(
     number_world: World, new_home: NewHome, tmp_path: Path, method: str
 ) -> None:

@@ -35,7 +35,7 @@ def test_the_configuration_alone_is_enough(
     assert found.parameters == whole
     assert found.row > 0
     assert found.rows == 16
-    assert (found.squared_inputs > 0) == (kind != "gpt2")
+    assert (found.squared_inputs > 0) == (found.squared_outputs > 0) == (kind != "gpt2")
     assert ("photo" in found.what) == (kind == "clip")
 
 

@@ -13,8 +13,10 @@ from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import edited
 from restitch.merging.files.mask import Mask
+from restitch.merging.methods.mats import solved as solved_by_mats
 from restitch.merging.methods.registry import get_method, method_names
 from restitch.merging.methods.regmean import solved
+from restitch.merging.methods.tsv_m import merged as merged_by_tsv_m
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.rules.stitch import DeltaMember, sparse_delta
 from restitch.merging.statistics.entropy_coefficients import (
@@ -26,6 +28,7 @@ from restitch.merging.statistics.grams import packed
 from restitch.merging.statistics.statistic_file import (
     COEFFICIENTS,
     FISHER,
+    GRADIENT_GRAM,
     GRAM,
     open_statistic,
     write_statistic,
@@ -175,6 +178,84 @@ def test_regmean_streams_and_averages_tensors_without_a_layer(tmp_path: Path) ->
             assert torch.allclose(edited(base, edits, name).double(), wanted, atol=1e-6)
 
 
+def system(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Task vectors of a matrix, the Gram matrices of its inputs and gradients, and a start."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def gram(size: int) -> Tensor:
+        seen = torch.randn(9, size, generator=generator)
+        return seen.T @ seen / 9
+
+    changes = torch.randn(3, 4, 5, generator=generator)
+    grams, gradients = (torch.stack([gram(size) for _ in range(3)]) for size in (5, 4))
+    return changes, grams, gradients, torch.randn(4, 5, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_mats_solves_the_system_of_all_weights_at_once(seed: int, damping: float) -> None:
+    changes, grams, gradients, start = system(seed)
+    found = solved_by_mats(changes, grams, gradients * 1e6, start, damping, 200)
+    # The same with one row and column for each weight, by an exact solver.
+    matrix, answer, diagonal = np.zeros((20, 20)), np.zeros(20), np.zeros(20)
+    for change, gram, gradient in zip(changes, grams, gradients, strict=True):
+        of_one = np.kron(gradient.double() / gradient.diagonal().double().mean(), gram.double())
+        matrix += of_one
+        answer += of_one @ change.double().numpy().ravel()
+        diagonal += np.diag(of_one)
+    mu = damping * diagonal.mean()
+    wanted = np.linalg.solve(matrix + mu * np.eye(20), answer + mu * start.double().numpy().ravel())
+    np.testing.assert_allclose(found.numpy().ravel(), wanted, atol=1e-4)
+    # Each step comes nearer, in the norm of the equations.
+    errors = []
+    for steps in (0, 1, 3, 10):
+        gap = solved_by_mats(changes, grams, gradients, start, damping, steps).double().numpy()
+        far = gap.ravel() - wanted
+        errors.append(far @ (matrix + mu * np.eye(20)) @ far)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] / 100
+
+
+def test_mats_takes_each_member_where_only_its_predictions_need_it() -> None:
+    changes = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
+    inputs = torch.eye(2).expand(2, 2, 2)
+    # The first task depends on the first output alone, the second on the other.
+    gradients = torch.stack(
+        [torch.diag(torch.tensor([2.0, 0])), torch.diag(torch.tensor([0, 9.0]))]
+    )
+    found = solved_by_mats(changes, inputs, gradients, torch.zeros(2, 2), 1e-4, 20)
+    assert torch.allclose(found, torch.tensor([[1.0, 2.0], [7.0, 8.0]]), atol=1e-3)
+    # Where both count the same it is the mean; where nothing counts, the start.
+    same = solved_by_mats(changes, inputs, inputs, torch.zeros(2, 2), 0.0, 20)
+    assert torch.allclose(same, changes.mean(0), atol=1e-5)
+    for silent in ((inputs * 0, gradients), (inputs, gradients * 0)):
+        assert solved_by_mats(changes, *silent, changes[0], 0.1, 20).equal(changes[0])
+
+
+def test_mats_streams_and_merges_by_tsv_m_where_statistics_are_missing(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "base", tiny.base_tensors())
+    layer, other, norm = "layers.0.attn.weight", "layers.1.attn.weight", "layers.0.norm.weight"
+    size = tuple(base.info(layer).shape)
+    generator = torch.Generator().manual_seed(2)
+    seen = [[torch.randn(30, n, generator=generator) for n in size[::-1]] for _ in range(3)]
+    grams, gradients = (torch.stack([s[i].T @ s[i] / 30 for s in seen]) for i in range(2))
+    members = whole_members(tmp_path, base, 3)
+    members = given(tmp_path, members, GRAM, [{layer: packed(g), other: packed(g)} for g in grams])
+    members = given(tmp_path, members, GRADIENT_GRAM, [{layer: packed(g)} for g in gradients])
+    ordered = sorted(members, key=lambda member: member.task)
+    for order in (members, members[::-1]):
+        edits = get_method("mats")(base, order, damping=0.2, steps=4)
+        changes = torch.stack([dense(base, member, layer).float() for member in ordered])
+        start = merged_by_tsv_m(changes, min(size))
+        places = [members.index(member) for member in ordered]
+        change = solved_by_mats(changes, grams[places], gradients[places], start, 0.2, 4)
+        found = edited(base, edits, layer).double() - base.tensor(layer).double()
+        assert torch.allclose(found, change.double(), atol=1e-5)
+        by_tsv_m = get_method("tsv-m")(base, order)
+        for name in (other, norm):
+            assert edited(base, edits, name).equal(edited(base, by_tsv_m, name))
+
+
 def test_adamerging_is_the_sum_with_a_coefficient_per_task_and_tensor(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     generator = torch.Generator().manual_seed(3)
@@ -283,8 +364,9 @@ def test_no_members_give_the_base_and_missing_statistics_are_refused(
     members = whole_members(tmp_path, base, 2)
     with pytest.raises(BadInput, match="none for y, z"):
         get_method(name)(base, members)
-    (kind,) = get_method(name).needs
-    empty = given(tmp_path, members, kind, [{}] * 2, [{"mean": "1.0"}] * 2)
-    if name != "regmean":  # which takes the mean where there is no layer
+    empty = members
+    for kind in get_method(name).needs:
+        empty = given(tmp_path, empty, kind, [{}] * 2, [{"mean": "1.0"}] * 2)
+    if name not in ("regmean", "mats"):  # which need none where there is no layer
         with pytest.raises(Damage, match="do not fit the member"):
             get_method(name)(base, empty)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.statistics.fisher_diagonal import MOST_ROWS, mean_of, measure_fisher
+from restitch.merging.statistics.gradient_grams import measure_gradient_grams, random_sum
 from restitch.merging.statistics.grams import Run, gram_forms, measure_grams, packed, unpacked
 from restitch.merging.statistics.statistic_file import (
     FISHER,
@@ -172,6 +173,60 @@ def test_an_infinite_input_is_refused_with_its_layer() -> None:
 
     with pytest.raises(BadInput, match="not finite") as caught:
         grams_of({"one": layer}, 1, run)
+    assert caught.value.details == ("one",)
+
+
+def test_gradient_matrices_are_sums_over_every_position_of_a_row() -> None:
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(3, 4), "second": nn.Linear(4, 2), "unused": nn.Linear(2, 2)}
+    first, second = layers["first"], layers["second"]
+    parameters = {f"{n}.weight": layer.weight for n, layer in layers.items()}
+    inputs = torch.randn(6, 5, 3)  # rows x positions x inputs
+
+    def logits(batch: dict[str, Tensor]) -> Tensor:
+        scores: Tensor = second(first(batch["x"]).tanh()).mean(1)
+        return scores
+
+    def batch(rows: Sequence[int]) -> dict[str, Tensor]:
+        return {"x": inputs[list(rows)]}
+
+    found = measure_gradient_grams(layers, parameters, 6, batch, logits, seed=3)
+    assert found.keys() == {"first", "second"}
+    generator = torch.Generator().manual_seed(3)
+    wanted = {"first": torch.zeros(4, 4), "second": torch.zeros(2, 2)}
+    for row in torch.randperm(6, generator=generator).tolist():
+        hidden = first(inputs[[row]]).detach().requires_grad_()
+        outputs = second(hidden.tanh())
+        scores = outputs.mean(1)
+        by = torch.autograd.grad(scores, [hidden, outputs], random_sum(scores, generator))
+        for name, gradient in zip(wanted, by, strict=True):
+            for position in gradient[0]:
+                wanted[name] += torch.outer(position, position) / 6
+    for name, matrix in wanted.items():
+        assert torch.allclose(unpacked(found[name], len(matrix)).float(), matrix, atol=1e-6)
+    assert all(tensor.grad is None and tensor.requires_grad for tensor in parameters.values())
+    assert not first._forward_hooks
+    with pytest.raises(BadInput, match="no rows"):
+        measure_gradient_grams(layers, parameters, 0, batch, logits)
+
+
+def test_random_sums_measure_the_squared_change_of_centred_scores() -> None:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.stack([random_sum(torch.zeros(4), generator) for _ in range(4000)])
+    centred = torch.eye(4) - 1 / 4
+    assert torch.allclose(drawn.mT @ drawn / 4000, centred, atol=0.06)
+    assert random_sum(torch.zeros(2, 3, 1), generator).abs().equal(torch.ones(2, 3, 1))
+
+
+def test_an_infinite_gradient_is_refused_with_its_layer() -> None:
+    layer = nn.Linear(2, 2)
+
+    def logits(_: dict[str, Tensor]) -> Tensor:
+        scores: Tensor = layer(torch.zeros(1, 2)) * torch.inf
+        return scores
+
+    with pytest.raises(BadInput, match="not finite") as caught:
+        measure_gradient_grams({"one": layer}, {}, 1, lambda _: {}, logits)
     assert caught.value.details == ("one",)
 
 
