@@ -263,7 +263,7 @@ def test_a_line_or_version_that_does_not_exist_makes_no_folder(
     folder = tmp_path / "served"
     done = shell("follow", "absent", folder, "--once", code=3)
     assert "there is no line 'absent'" in done.err
-    assert "no version candidate" in look(shell, folder, "--alias", "candidate", code=3)
+    assert "line demo has no candidate" in look(shell, folder, "--alias", "candidate", code=3)
     assert not folder.exists()
     shell("follow", "demo", folder, "--once", "--every", 5, code=2)
 

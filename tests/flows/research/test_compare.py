@@ -181,7 +181,7 @@ def test_a_second_comparison_computes_nothing_and_untuned_methods_have_defaults(
 
 def test_the_table_has_every_method_with_its_tuned_setting(shell: Shell) -> None:
     table = plain(shell("compare", "demo", "--tune").out)
-    assert "2 methods" not in table
+    assert ": 2 methods" not in table
     for name in ("averaging", "ties", "consensus-ta", "base", "finetuned", "emr", "of models"):
         assert name in table
     assert "colour=0." in table
