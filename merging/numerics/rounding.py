@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SERIAL = 1 << 15  # up to this many elements torch works in the calling thread
-_PIECE = 1 << 16  # elements that stay in a core's cache from one step to the next
+_PIECE = 1 << 18  # elements that stay in a core's cache from one step to the next
 
 
 def cast_into(out: Tensor, flat: Tensor) -> None:

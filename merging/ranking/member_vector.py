@@ -18,7 +18,9 @@ from restitch.merging.numerics.factors import Factors
 
 Floats = NDArray[Any]
 
-BLOCK = 1 << 17  # weights per step: few enough for a core's cache
+# Weights per step: few enough for the cache, and enough that two threads seldom wait for each other
+# at the interpreter's lock.
+BLOCK = 1 << 18
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -23,7 +23,7 @@ from restitch.merging.order import by_bytes
 from restitch.merging.ranking.top_k import strided_positions, strided_sample
 
 CHUNK = 1 << 18
-_PIECE = 1 << 17  # weights that stay in a core's cache between two steps
+_PIECE = 1 << 18  # weights that stay in a core's cache between two steps
 
 
 @dataclass(frozen=True)
