@@ -17,6 +17,7 @@ from restitch.cli.render.formats import (
     with_interval,
     write,
 )
+from restitch.merging.errors import counted
 
 # A terminal has 80 columns; a wider table leaves the values by task to CSV and JSON.
 MOST_COLUMNS = 8
@@ -94,7 +95,7 @@ def paired(result: Values, out: Console) -> None:
     for signal, head in zip(signals, heads, strict=True):
         found = result["correlations"][signal]
         if found["rho"] is None:
-            write(out, f"  {head}: no rank correlation from {found['pairs']} pairs")
+            write(out, f"  {head}: no rank correlation from {counted(found['pairs'], 'pair')}")
         else:
             write(
                 out,

@@ -273,7 +273,7 @@ def test_pairs_have_signals_their_loss_and_correlations(
     text = shell("analyze", "demo", "--pairs", "--task", "animal,colour,number").out
     assert "colour + number" in text
     assert "cosine: rank correlation with the loss" in text
-    assert "gradient alignment: no rank correlation from 1 pairs" in text
+    assert "gradient alignment: no rank correlation from 1 pair" in text
 
 
 def test_the_loss_of_a_pair_is_that_of_a_line_with_two_members(
